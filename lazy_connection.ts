@@ -233,7 +233,8 @@ export class LazyConnection<
    *
    * The connection is the very object that the opener gave. `using`,
    * `await using` and its own `close()`, if it has one, each close it and free
-   * the task for another `connect`.
+   * the task for another `connect`: until then, the object's methods of that
+   * name are replaced by ones that call them.
    *
    * @example A time-out, in milliseconds
    * ```ts
@@ -349,27 +350,17 @@ type Closable = Partial<
   { close(...args: unknown[]): unknown } & Disposable & AsyncDisposable
 >;
 
-interface Methods {
-  readonly close: Closable["close"];
-  readonly dispose: (() => unknown) | undefined;
-  readonly asyncDispose: (() => unknown) | undefined;
-}
-
 /** A task's connection, from the call of `connect()` until it is closed. */
 class Connection<C extends Disposable | AsyncDisposable>
   implements AsyncDisposable {
-  /** The last connection that each object was: an opener may give one again. */
-  static readonly #last = new WeakMap<
-    WeakKey,
-    Connection<Disposable | AsyncDisposable>
-  >();
+  /** The objects that are some task's connection. */
+  static readonly #held = new WeakSet<WeakKey>();
   /** Set while it is opening. */
   opening: AbortController | undefined;
   /** Set while it is open. With neither of the two it is closing. */
   open: (C & AsyncDisposable) | undefined;
-  /** The object's own methods, which `hold()` replaces. */
-  methods: Methods | undefined;
   #dispose: (() => unknown) | undefined;
+  #restore: (() => void) | undefined;
   #freed: PromiseWithResolvers<void> | undefined;
   readonly #task: Task<C>;
   readonly #all: Set<Connection<C>>;
@@ -381,35 +372,38 @@ class Connection<C extends Disposable | AsyncDisposable>
     all.add(this);
   }
 
-  get held(): boolean {
-    return this.#task.connection === this;
-  }
-
-  /** Makes the object's own ways to close it free the task as well. */
+  /** Has the object's own ways to close it free the task, until it is closed. */
   hold(conn: C): asserts conn is C & AsyncDisposable {
-    const last = Connection.#last.get(conn);
-    if (last?.held) throw new Busy(`Cannot connect: ${HELD}`);
+    if (Connection.#held.has(conn)) throw new Busy(`Cannot connect: ${HELD}`);
     const closable: Closable = conn;
-    this.methods = last?.methods ?? {
-      close: closable.close,
-      dispose: closable[Symbol.dispose],
-      asyncDispose: closable[Symbol.asyncDispose] ?? closable[Symbol.dispose],
-    };
-    const { close, dispose, asyncDispose } = this.methods;
-    if (!asyncDispose) throw new TypeError(`Cannot connect: ${NOT_DISPOSABLE}`);
-    Connection.#last.set(conn, this);
-    this.#dispose = () => asyncDispose.call(conn);
+    const {
+      close,
+      [Symbol.dispose]: dispose,
+      [Symbol.asyncDispose]: asyncDispose,
+    } = closable;
+    const disposer = asyncDispose ?? dispose;
+    if (!disposer) throw new TypeError(`Cannot connect: ${NOT_DISPOSABLE}`);
+    this.#dispose = () => disposer.call(conn);
+
     const disposeAsync = async () => {
-      await this.#close(() => asyncDispose.call(conn));
+      await this.#close(() => disposer.call(conn));
     };
     let disposal: Promise<void> | undefined;
     closable[Symbol.asyncDispose] = () => disposal ??= disposeAsync();
     if (dispose) {
       closable[Symbol.dispose] = () => this.#close(() => dispose.call(conn));
     }
-    if (close) {
+    if (typeof close === "function") {
       closable.close = (...args) => this.#close(() => close.apply(conn, args));
     }
+    Connection.#held.add(conn);
+    this.#restore = () => {
+      Connection.#held.delete(conn);
+      closable[Symbol.asyncDispose] = asyncDispose ??
+        (async () => await disposer.call(conn));
+      if (dispose) closable[Symbol.dispose] = dispose;
+      if (close) closable.close = close;
+    };
   }
 
   /** Closes it or gives it up, and waits until the task is free. */
@@ -420,33 +414,43 @@ class Connection<C extends Disposable | AsyncDisposable>
     await this.#freed.promise;
   }
 
-  /** Closes what was not handed out, if anything. */
+  /** Closes what was not handed out, if there is anything. */
   async [Symbol.asyncDispose](): Promise<void> {
-    try {
-      await this.#dispose?.();
-    } finally {
-      this.#free();
-    }
+    await this.#settle(() => this.#dispose?.());
   }
 
   #close(method: () => unknown): unknown {
-    if (!this.held) return; // too late: it may be another's connection by now
-    if (!this.open) return method(); // the object calls itself as it closes
+    // Too late, as `using` can be: the object may be another's by now
+    if (this.#task.connection !== this) return;
+    // The object, as it closes, calls one of its methods from another
+    if (!this.open) return method();
     this.open = undefined;
     let closing: unknown;
     try {
       closing = method();
-    } finally {
-      if (closing instanceof Object && "then" in closing) {
-        closing = Promise.resolve(closing).finally(() => this.#free());
-      } else this.#free();
+    } catch (error) {
+      this.#free();
+      throw error;
     }
+    if (closing instanceof Object && "then" in closing) {
+      return this.#settle(() => closing);
+    }
+    this.#free();
     return closing;
+  }
+
+  async #settle(closing: () => unknown): Promise<unknown> {
+    try {
+      return await closing();
+    } finally {
+      this.#free();
+    }
   }
 
   #free(): void {
     this.#task.connection = undefined;
     this.#all.delete(this);
     this.#freed?.resolve();
+    this.#restore?.();
   }
 }

@@ -432,17 +432,39 @@ test("LazyConnection.connect() lets an object close itself by its own methods", 
   assertEquals(calls, ["close", "asyncDispose"]);
 });
 
-test("LazyConnection.connect() closes once, however often it is asked to", async () => {
+test("LazyConnection.connect() has no effect on what is closed already", async () => {
   const lazy = new LazyConnection(() => Promise.resolve(new Fake()));
   const conn = await lazy.run(async () => {
     await using conn = await lazy.connect();
-    conn.close();
-    conn.close();
     using _conn = conn;
+    conn.close();
     return conn;
   });
-  await conn[Symbol.asyncDispose]();
   assertEquals(conn.calls, ["close"]);
+});
+
+test("LazyConnection.connect() gives the object its methods back once it is closed", async () => {
+  const literal = {
+    closings: 0,
+    close(_status: number) {
+      this.closings++;
+    },
+    [Symbol.dispose]() {
+      this.closings++;
+    },
+  };
+  const { close, [Symbol.dispose]: dispose } = literal;
+  const lazy = new LazyConnection(() => Promise.resolve(literal));
+  const conn = await lazy.connect();
+  assertNotEquals(literal.close, close);
+  await conn[Symbol.asyncDispose]();
+  assertStrictEquals(literal.close, close);
+  assertStrictEquals(literal[Symbol.dispose], dispose);
+  // It stays AsyncDisposable, for whoever has it next
+  await conn[Symbol.asyncDispose]();
+  assertEquals(literal.closings, 2);
+  await lazy.run(() => lazy.connect());
+  assertEquals(literal.closings, 3);
 });
 
 test("LazyConnection.connect() has every disposal wait for the one that closes", async () => {
