@@ -125,7 +125,8 @@ export class LazyConnection<
    * ```
    *
    * @param target What to connect to: the options of `Deno.connect`, whose
-   * `signal` gives up each attempt, or an {@linkcode Opener}.
+   * `signal` gives up each attempt, or an {@linkcode Opener}. Options are taken
+   * only where a `Deno.TcpConn` is a `C`.
    */
   constructor(
     target: Opener<C> | (Deno.TcpConn extends C ? Deno.ConnectOptions : never),
