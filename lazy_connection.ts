@@ -240,7 +240,7 @@ export class LazyConnection<
    * @example A time-out, in milliseconds
    * ```ts
    * import { LazyConnection } from "@cookbook/lazy-connection";
-   * import { assertRejects } from "@std/assert";
+   * import { assertEquals, assertRejects } from "@std/assert";
    *
    * const lazy = new LazyConnection<Deno.TcpConn>((signal) =>
    *   new Promise((_resolve, reject) => { // never answers
@@ -252,7 +252,7 @@ export class LazyConnection<
    *   () => lazy.connect({ signal: AbortSignal.timeout(100) }),
    *   DOMException,
    * );
-   * console.log(error.name); // TimeoutError
+   * assertEquals(error.name, "TimeoutError");
    * ```
    *
    * @param options The options of this attempt.
@@ -346,7 +346,7 @@ class Task<C extends Disposable | AsyncDisposable> implements AsyncDisposable {
   }
 }
 
-/** What an opener may give, as far as closing it goes. */
+/** The ways of closing that an opener's object may have. */
 type Closable = Partial<
   { close(...args: unknown[]): unknown } & Disposable & AsyncDisposable
 >;
@@ -373,7 +373,7 @@ class Connection<C extends Disposable | AsyncDisposable>
     all.add(this);
   }
 
-  /** Has the object's own ways to close it free the task, until it is closed. */
+  /** Has the object's own ways of closing it free the task, for as long as it is held. */
   hold(conn: C): asserts conn is C & AsyncDisposable {
     if (Connection.#held.has(conn)) throw new Busy(`Cannot connect: ${HELD}`);
     const closable: Closable = conn;

@@ -941,8 +941,13 @@ function random(seed: number): (n: number) => number {
 
 /** A connection that knows whether it is open; it may be slow to close. */
 class Client implements Disposable, AsyncDisposable {
-  state: "open" | "closing" | "closed" = "open";
-  readonly closing = Promise.withResolvers<void>();
+  state: "open" | "closing" | "closed" = "closed";
+  closing = Promise.withResolvers<void>();
+  open() {
+    assertEquals(this.state, "closed");
+    this.state = "open";
+    this.closing = Promise.withResolvers();
+  }
   close() {
     if (this.state === "closing") return; // as a socket's, it may be called then
     assertEquals(this.state, "open");
@@ -988,8 +993,8 @@ async function schedule(seed: number, log: string[]): Promise<void> {
   let disposal: Promise<void> | undefined;
   const lazy = new LazyConnection<Client>((signal) => {
     const actor = calling!;
-    assertEquals(actor.attempt, undefined); // never a second one
-    assert(clients.every((it) => it !== actor.client || it.state === "closed"));
+    // Never a second one
+    assertEquals([actor.attempt, actor.client], [undefined, undefined]);
     actor.attempt = { ...Promise.withResolvers<Client>(), signal };
     if (actor.heeds) {
       signal.addEventListener("abort", () => {
@@ -1026,6 +1031,7 @@ async function schedule(seed: number, log: string[]): Promise<void> {
         actor.controller = new AbortController();
         actor.heeds = pick(2) === 0;
         actor.givenUp = false;
+        actor.client = undefined;
       }
       calling = actor;
       const connect = actor.enter(() => lazy.connect(actor.controller));
@@ -1049,8 +1055,10 @@ async function schedule(seed: number, log: string[]): Promise<void> {
     },
     resolve(actor) {
       if (!actor.attempt) return;
-      actor.client = new Client();
-      clients.push(actor.client);
+      const pooled = clients.filter(({ state }) => state === "closed");
+      actor.client = pick(2) === 0 ? pooled[pick(pooled.length)] : undefined;
+      if (!actor.client) clients.push(actor.client = new Client());
+      actor.client.open();
       if (!actor.givenUp) actor.expected = actor.client;
       actor.state = actor.givenUp ? "closing" : "open";
       actor.attempt.resolve(actor.client);
