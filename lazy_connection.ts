@@ -294,7 +294,7 @@ export class LazyConnection<
       connection.opening = undefined;
       return connection.open = conn;
     } catch (error) {
-      await using _connection = connection;
+      await using _connection = connection; // closes what is not handed out
       throw attempt.signal.aborted ? attempt.signal.reason : error;
     } finally {
       signal?.removeEventListener("abort", giveUp);
@@ -415,7 +415,7 @@ class Connection<C extends Disposable | AsyncDisposable>
     await this.#freed.promise;
   }
 
-  /** Closes what was not handed out, if there is anything. */
+  /** Closes what the opener gave, if it did, and frees the task. */
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#settle(() => this.#dispose?.());
   }
