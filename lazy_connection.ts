@@ -74,8 +74,8 @@ export type Opener<C extends Disposable | AsyncDisposable> = (
  * One object for many tasks, each of which has a connection of its own.
  *
  * A *task* is a call of {@linkcode LazyConnection.prototype.run}, with all that
- * it starts; code outside of any `run` is in the *main task*. A task has at most
- * one connection, from the call of {@linkcode LazyConnection.prototype.connect}
+ * it starts; code outside of any `run` is in the *main task*. A task has at
+ * most one connection, from the call of {@linkcode LazyConnection.prototype.connect}
  * until it is closed, and no task sees, uses or closes another's.
  *
  * @example Two tasks, two connections
@@ -176,7 +176,8 @@ export class LazyConnection<
   }
 
   /**
-   * Calls a function as a task of its own, the counterpart of starting a thread.
+   * Calls a function as a task of its own: the counterpart of starting a
+   * thread.
    *
    * When the task settles, a connect still in flight is given up and waited
    * for, and a connection still open is closed; then `run` settles. A `run`
@@ -373,35 +374,33 @@ class Connection<C extends Disposable | AsyncDisposable>
     all.add(this);
   }
 
-  /** Has the object's own ways of closing it free the task, for as long as it is held. */
+  /** Has the object's own ways of closing it free the task while it is held. */
   hold(conn: C): asserts conn is C & AsyncDisposable {
     if (Connection.#held.has(conn)) throw new Busy(`Cannot connect: ${HELD}`);
     const closable: Closable = conn;
     const {
-      close,
       [Symbol.dispose]: dispose,
       [Symbol.asyncDispose]: asyncDispose,
     } = closable;
+    const close = typeof closable.close === "function" && closable.close;
     const disposer = asyncDispose ?? dispose;
     if (!disposer) throw new TypeError(`Cannot connect: ${NOT_DISPOSABLE}`);
-    this.#dispose = () => disposer.call(conn);
+    const ownDispose = this.#dispose = () => disposer.call(conn);
 
-    const disposeAsync = async () => {
-      await this.#close(() => disposer.call(conn));
-    };
+    const disposeAsync = async () => void await this.#close(ownDispose);
     let disposal: Promise<void> | undefined;
     closable[Symbol.asyncDispose] = () => disposal ??= disposeAsync();
     if (dispose) {
       closable[Symbol.dispose] = () => this.#close(() => dispose.call(conn));
     }
-    if (typeof close === "function") {
+    if (close) {
       closable.close = (...args) => this.#close(() => close.apply(conn, args));
     }
     Connection.#held.add(conn);
     this.#restore = () => {
       Connection.#held.delete(conn);
       closable[Symbol.asyncDispose] = asyncDispose ??
-        (async () => await disposer.call(conn));
+        (async () => await ownDispose());
       if (dispose) closable[Symbol.dispose] = dispose;
       if (close) closable.close = close;
     };
