@@ -61,9 +61,12 @@ class Stuck implements AsyncDisposable {
   }
 }
 
+/** A call of an opener, for the test to answer. */
+type Attempt<C> = PromiseWithResolvers<C> & { signal: AbortSignal };
+
 /** An opener that answers when the test does. */
 function control<C extends Disposable | AsyncDisposable = Fake>() {
-  const attempts: (PromiseWithResolvers<C> & { signal: AbortSignal })[] = [];
+  const attempts: Attempt<C>[] = [];
   const opener: Opener<C> = (signal) => {
     attempts.push({ ...Promise.withResolvers<C>(), signal });
     return attempts.at(-1)!.promise;
@@ -465,6 +468,21 @@ test("LazyConnection.connect() gives the object its methods back once it is clos
   assertEquals(literal.closings, 2);
   await lazy.run(() => lazy.connect());
   assertEquals(literal.closings, 3);
+});
+
+test("LazyConnection.connect() leaves a close alone that is no method", async () => {
+  const status = {
+    get close() {
+      return true;
+    },
+    [Symbol.dispose]() {},
+  };
+  const lazy = new LazyConnection(() => Promise.resolve(status));
+  {
+    using conn = await lazy.connect();
+    assertEquals(conn.close, true);
+  }
+  assertEquals(status.close, true);
 });
 
 test("LazyConnection.connect() has every disposal wait for the one that closes", async () => {
@@ -964,8 +982,6 @@ class Client implements Disposable, AsyncDisposable {
   }
 }
 
-type Attempt = PromiseWithResolvers<Client> & { signal: AbortSignal };
-
 /** What the schedule knows of a task, without asking the LazyConnection. */
 class Actor {
   state: "free" | "opening" | "open" | "closing" = "free";
@@ -975,7 +991,7 @@ class Actor {
   readonly end = Promise.withResolvers<void>();
   run: Promise<void> = this.end.promise;
   controller = new AbortController();
-  attempt: Attempt | undefined;
+  attempt: Attempt<Client> | undefined;
   heeds = false;
   givenUp = false;
   client: Client | undefined;
