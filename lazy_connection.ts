@@ -75,8 +75,9 @@ export type Opener<C extends Disposable | AsyncDisposable> = (
  *
  * A *task* is a call of {@linkcode LazyConnection.prototype.run}, with all that
  * it starts; code outside of any `run` is in the *main task*. A task has at
- * most one connection, from the call of {@linkcode LazyConnection.prototype.connect}
- * until it is closed, and no task sees, uses or closes another's.
+ * most one connection, from the call of
+ * {@linkcode LazyConnection.prototype.connect} until it is closed, and no task
+ * sees, uses or closes another's.
  *
  * @example Two tasks, two connections
  * ```ts
