@@ -3,24 +3,32 @@
 import { AsyncLocalStorage } from "node:async_hooks";
 
 const { AlreadyExists, BadResource, Busy } = Deno.errors;
-const CONNECTED = "the task is already connected, " +
-  "close that connection first or start another task with run()";
+const CONNECTED = "the task is already connected or connecting, dispose of " +
+  "that connection first (leave its `using` block) or start another task " +
+  "with run()";
 const DISPOSED = "the LazyConnection has been disposed of";
 const ENDED = "the task has ended, start another one with run()";
 const HELD = "the opener gave what is still another task's connection";
-const NOT_DISPOSABLE = "the opener gave nothing that can be disposed of";
+const NOT_DISPOSABLE = "the opener must give an object whose " +
+  "`Symbol.dispose` or `Symbol.asyncDispose` method can be replaced";
 
 /**
- * Opens a connection: anything that is `Disposable` or `AsyncDisposable`.
+ * Opens a connection: any object with a `Symbol.dispose` or
+ * `Symbol.asyncDispose` method.
  *
- * It is called once for each attempt, inside the task that connects. `signal`
- * aborts when the attempt is given up: an opener that heeds it gives up at
- * once, one that ignores it is waited for, and what it then gives is closed.
+ * It is called once for each attempt to connect, inside the task that connects.
+ * `signal` aborts when the attempt is cancelled. An opener that ignores it is
+ * waited for, and what it then returns is closed.
+ *
+ * An opener must not wait for `get()` in its own task, nor for the disposal of
+ * its `LazyConnection`: each would wait for the other.
  *
  * @example TLS
  *
- * `using` closes the socket where `Deno.startTls` fails, and does nothing where
- * it has taken the socket over.
+ * Without the handshake, a wrong certificate would only surface at the first
+ * write, and a server that never answers could not be cancelled. `using` closes
+ * the socket if `Deno.startTls` fails, and does nothing once it has taken the
+ * socket over.
  *
  * ```ts
  * import { LazyConnection } from "@cookbook/lazy-connection";
@@ -28,7 +36,16 @@ const NOT_DISPOSABLE = "the opener gave nothing that can be disposed of";
  * const hostname = "example.com";
  * const lazy = new LazyConnection(async (signal) => {
  *   using tcp = await Deno.connect({ hostname, port: 443, signal });
- *   return await Deno.startTls(tcp, { hostname });
+ *   const tls = await Deno.startTls(tcp, { hostname, caCerts: [] });
+ *   try {
+ *     signal.throwIfAborted();
+ *     signal.onabort = () => tls.close();
+ *     await tls.handshake();
+ *     return tls;
+ *   } catch (error) {
+ *     tls[Symbol.dispose]();
+ *     throw error;
+ *   }
  * });
  * ```
  *
@@ -36,48 +53,44 @@ const NOT_DISPOSABLE = "the opener gave nothing that can be disposed of";
  * ```ts
  * import { LazyConnection } from "@cookbook/lazy-connection";
  *
- * const path = "/run/postgresql/.s.PGSQL.5432";
+ * const path = "/run/redis/redis-server.sock";
  * const lazy = new LazyConnection(() =>
  *   Deno.connect({ transport: "unix", path })
  * );
  * ```
  *
- * @example A client that has only `Symbol.asyncDispose`
- * ```ts
+ * @example A client without `Symbol.dispose`, such as that of `npm:pg`
+ * ```ts ignore
  * import { LazyConnection } from "@cookbook/lazy-connection";
+ * import pg from "npm:pg@^8";
  *
- * class Client implements AsyncDisposable {
- *   static async open(_url: string, signal: AbortSignal): Promise<Client> {
- *     await Promise.resolve(); // the handshake
- *     signal.throwIfAborted();
- *     return new Client();
- *   }
- *   async [Symbol.asyncDispose](): Promise<void> {}
- * }
- *
- * const lazy = new LazyConnection((signal) => Client.open("db://a", signal));
- *
- * await lazy.run(async () => {
- *   await using _client = await lazy.connect();
+ * const lazy = new LazyConnection(async () => {
+ *   const client = new pg.Client({ connectionTimeoutMillis: 5_000 });
+ *   await client.connect();
+ *   return Object.assign(client, {
+ *     [Symbol.asyncDispose]: () => client.end(),
+ *   });
  * });
  * ```
  *
  * @typeParam C The type of the connection.
- * @param signal Aborts when the attempt is given up.
+ * @param signal Aborts when the attempt is cancelled, and never once the
+ * connection is open.
  * @returns The connection, one that no other task has.
  */
 export type Opener<C extends Disposable | AsyncDisposable> = (
   signal: AbortSignal,
-) => Promise<C>;
+) => C | PromiseLike<C>;
 
 /**
  * One object for many tasks, each of which has a connection of its own.
  *
- * A *task* is a call of {@linkcode LazyConnection.prototype.run}, with all that
- * it starts; code outside of any `run` is in the *main task*. A task has at
- * most one connection, from the call of
- * {@linkcode LazyConnection.prototype.connect} until it is closed, and no task
- * sees, uses or closes another's.
+ * A *task* is a call of `run()`, with everything that it starts; code outside of
+ * any `run()` is in the *main task*. A task has at most one connection, which is
+ * its own until it is *disposed of*: by `using`, by `await using`, by a call of
+ * `[Symbol.dispose]()` or `[Symbol.asyncDispose]()`, by the end of its task, or
+ * by the disposal of the `LazyConnection`. Nothing else counts: `close()`,
+ * `end()` and the like are the object's own business.
  *
  * @example Two tasks, two connections
  * ```ts
@@ -85,7 +98,7 @@ export type Opener<C extends Disposable | AsyncDisposable> = (
  * import { assertNotEquals } from "@std/assert";
  *
  * using server = Deno.listen({ hostname: "127.0.0.1", port: 0 });
- * const lazy = new LazyConnection({ port: server.addr.port });
+ * await using lazy = new LazyConnection({ port: server.addr.port });
  *
  * async function localPort() {
  *   await using conn = await lazy.connect(); // this task's own connection
@@ -105,7 +118,8 @@ export class LazyConnection<
   readonly #signal: AbortSignal | undefined;
   readonly #tasks = new AsyncLocalStorage<Task<C>>();
   readonly #main = new Task<C>();
-  readonly #connections = new Set<Connection<C>>();
+  /** The tasks that are not free. */
+  readonly #connected = new Set<Task<C>>();
   #disposed = false;
 
   /**
@@ -125,9 +139,9 @@ export class LazyConnection<
    * const lazy = new LazyConnection(() => Deno.open("data.csv"));
    * ```
    *
-   * @param target What to connect to: the options of `Deno.connect`, whose
-   * `signal` gives up each attempt, or an {@linkcode Opener}. Options are taken
-   * only where a `Deno.TcpConn` is a `C`.
+   * @param target What to connect to: the options of `Deno.connect`, or an
+   * opener. The `signal` of the options cancels every attempt to connect, and
+   * closes nothing that is open.
    */
   constructor(
     target: Opener<C> | (Deno.TcpConn extends C ? Deno.ConnectOptions : never),
@@ -138,18 +152,22 @@ export class LazyConnection<
     }
     const { signal, ...options }: Deno.ConnectOptions = target;
     this.#signal = signal;
-    this.#opener = (signal) => {
+    this.#opener = async (signal) => {
       // Deno.connect() calls this last. Where it throws, a socket that opened
       // just as the signal aborted is lost; now connect() gets it, to close it.
       signal.throwIfAborted = () => {};
-      const opening: Promise<unknown> = Deno.connect({ ...options, signal });
-      return opening as Promise<C>; // so says the type of `target`
+      const conn = await Deno.connect({ ...options, signal });
+      // An own property from now on, as deleting one again slows an object down
+      const { [Symbol.dispose]: dispose } = conn;
+      conn[Symbol.dispose] = dispose;
+      const opened: unknown = conn;
+      return opened as C; // so says the type of `target`
     };
   }
 
   /**
-   * The current task's open connection, or `undefined`: what code deep in the
-   * call stack uses in place of a parameter.
+   * The current task's open connection, or `undefined`. It opens nothing: see
+   * `get()` for that.
    *
    * @example Usage
    * ```ts
@@ -157,7 +175,7 @@ export class LazyConnection<
    * import { assertEquals, assertStrictEquals } from "@std/assert";
    *
    * using server = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-   * const lazy = new LazyConnection({ port: server.addr.port });
+   * await using lazy = new LazyConnection({ port: server.addr.port });
    *
    * await lazy.run(async () => {
    *   assertEquals(lazy.current, undefined);
@@ -166,10 +184,11 @@ export class LazyConnection<
    * });
    * ```
    *
-   * @returns The connection, or `undefined` where the task has none open.
+   * @returns The connection, or `undefined` if the task has none open.
    */
   get current(): (C & AsyncDisposable) | undefined {
-    return this.#task.connection?.open;
+    const { connection } = this.#task;
+    return connection?.state === "open" ? connection.conn : undefined;
   }
 
   get #task(): Task<C> {
@@ -180,9 +199,63 @@ export class LazyConnection<
    * Calls a function as a task of its own: the counterpart of starting a
    * thread.
    *
-   * When the task settles, a connect still in flight is given up and waited
-   * for, and a connection still open is closed; then `run` settles. A `run`
-   * inside a task starts another task.
+   * When the function's promise settles, the task ends: an attempt to connect
+   * is cancelled and waited for, an open connection is closed inside the task,
+   * and then `run` settles. What the function leaves behind loses its
+   * connection then, be it a stream or a generator.
+   *
+   * A `run` inside a task starts another task.
+   *
+   * @example Usage
+   * ```ts
+   * import { LazyConnection } from "@cookbook/lazy-connection";
+   * import { assertEquals } from "@std/assert";
+   *
+   * using server = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+   * await using lazy = new LazyConnection({ port: server.addr.port });
+   *
+   * const port = await lazy.run(async () => {
+   *   const conn = await lazy.get();
+   *   return conn.remoteAddr.port;
+   * }); // closed here
+   * assertEquals(port, server.addr.port);
+   * ```
+   *
+   * @typeParam A The types of the arguments.
+   * @typeParam R What the function returns.
+   * @param callback The function to call; it may be synchronous.
+   * @param args The arguments to call it with.
+   * @returns The function's result.
+   * @throws {Deno.errors.BadResource} If the object has been disposed of; the
+   * function is then not called.
+   * @throws {SuppressedError} If the function fails and so does closing the
+   * connection: `suppressed` is the function's error, `error` the other one.
+   */
+  run<A extends unknown[], R>(
+    callback: (...args: A) => R,
+    ...args: A
+  ): Promise<Awaited<R>> {
+    const task = new Task<C>();
+    return this.#tasks.run(task, async (): Promise<Awaited<R>> => {
+      if (this.#disposed) {
+        throw new BadResource(`Cannot run a task: ${DISPOSED}`);
+      }
+      await using _task = task;
+      return await callback(...args);
+    });
+  }
+
+  /**
+   * Gets the current task's connection: the one that is open, the one that is
+   * opening, whoever began that, or else a new one.
+   *
+   * However deep in the call stack and however many at once ask for it, the
+   * task opens one connection. Its task closes it when it ends; `using` is for
+   * the connections that you `connect()`.
+   *
+   * If the attempt fails or is cancelled, it fails for all who wait for it, and
+   * the next call tries again. A time-out belongs in the opener or, for one
+   * caller's wait alone, in `abortable` of `@std/async` around this promise.
    *
    * @example A server in which each request is a task
    * ```ts
@@ -190,54 +263,47 @@ export class LazyConnection<
    * import { assertEquals } from "@std/assert";
    *
    * using database = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-   * const lazy = new LazyConnection({ port: database.addr.port });
+   * await using lazy = new LazyConnection({ port: database.addr.port });
    *
-   * async function handle(request: Request) {
-   *   await using conn = await lazy.connect();
-   *   return new Response(`${request.method} used ${conn.localAddr.transport}`);
+   * async function query() {
+   *   const conn = await lazy.get(); // this task's, without a parameter
+   *   return conn.localAddr.port;
+   * }
+   *
+   * async function handle() {
+   *   const [a, b] = await Promise.all([query(), query()]);
+   *   return new Response(a === b ? "one connection" : "two connections");
    * }
    *
    * await using server = Deno.serve(
    *   { hostname: "127.0.0.1", port: 0 },
-   *   (request) => lazy.run(handle, request),
+   *   () => lazy.run(handle),
    * );
    * const response = await fetch(`http://127.0.0.1:${server.addr.port}`);
-   * assertEquals(await response.text(), "GET used tcp");
+   * assertEquals(await response.text(), "one connection");
    * ```
    *
-   * @typeParam A The types of the arguments.
-   * @typeParam R The type of the result.
-   * @param task The function to call; it may be synchronous.
-   * @param args The arguments to call it with.
-   * @returns The function's result.
-   * @throws {Deno.errors.BadResource} If the object has been disposed of; the
-   * function is then not called.
-   * @throws {SuppressedError} If the task fails and so does closing its
-   * connection: `suppressed` is the task's error, `error` the other one.
+   * @returns The connection, made `AsyncDisposable`.
+   * @throws {Deno.errors.AlreadyExists} If the task's connection is closing.
+   * @throws {Deno.errors.BadResource} If the task has ended or the object has
+   * been disposed of.
+   * @throws {Deno.errors.Busy} If the opener returns what is still another
+   * task's connection.
+   * @throws {TypeError} If the opener returns something that cannot be disposed
+   * of, or whose methods cannot be replaced.
    */
-  async run<A extends unknown[], R>(
-    task: (...args: A) => R | PromiseLike<R>,
-    ...args: A
-  ): Promise<R> {
-    if (this.#disposed) throw new BadResource(`Cannot run a task: ${DISPOSED}`);
-    const own = new Task<C>();
-    try {
-      return await this.#tasks.run(own, task, ...args);
-    } catch (error) {
-      await using _own = own; // keeps the error where closing fails too
-      throw error;
-    } finally {
-      await own[Symbol.asyncDispose]();
-    }
+  get(): Promise<C & AsyncDisposable> {
+    const task = this.#task;
+    return this.#refusal(task) ?? task.connection?.opened ?? this.connect();
   }
 
   /**
-   * Opens the current task's connection.
+   * Opens the current task's connection, or refuses to if there is one.
    *
-   * The connection is the very object that the opener gave. `using`,
-   * `await using` and its own `close()`, if it has one, each close it and free
-   * the task for another `connect`: until then, the object's methods of that
-   * name are replaced by ones that call them.
+   * The connection is the very object that the opener returned. Until it is
+   * disposed of, its `Symbol.dispose` and `Symbol.asyncDispose` methods are
+   * replaced by ones that also free the task for another `connect()`. The first
+   * call closes, and a later one does nothing.
    *
    * @example A time-out, in milliseconds
    * ```ts
@@ -246,7 +312,7 @@ export class LazyConnection<
    *
    * const lazy = new LazyConnection<Deno.TcpConn>((signal) =>
    *   new Promise((_resolve, reject) => { // never answers
-   *     signal.addEventListener("abort", () => reject(signal.reason));
+   *     signal.onabort = () => reject(signal.reason);
    *   })
    * );
    *
@@ -258,55 +324,72 @@ export class LazyConnection<
    * ```
    *
    * @param options The options of this attempt.
-   * @param options.signal Gives up the attempt, with its own reason. It has no
-   * say once the connection is open.
+   * @param options.signal Cancels the attempt, which then rejects with the
+   * signal's `reason`. It has no effect once the connection is open.
    * @returns The connection, made `AsyncDisposable`.
    * @throws {Deno.errors.AlreadyExists} If the task has a connection, be it
    * opening, open or closing.
    * @throws {Deno.errors.BadResource} If the task has ended or the object has
    * been disposed of, before the call or while it opens the connection.
-   * @throws {Deno.errors.Busy} If the opener gives what is still another task's
-   * connection.
-   * @throws {SuppressedError} If a connection comes too late and closing it
-   * fails: `suppressed` is the reason for giving up, `error` the other one.
+   * @throws {Deno.errors.Busy} If the opener returns what is still another
+   * task's connection.
+   * @throws {SuppressedError} If closing a connection that is not handed out
+   * fails: `suppressed` is the reason for closing it, `error` the other one.
+   * @throws {TypeError} If the opener returns something that cannot be disposed
+   * of, or whose methods cannot be replaced.
    */
-  async connect(
-    { signal }: { signal?: AbortSignal } = {},
+  connect(
+    { signal }: { signal?: AbortSignal | undefined } = {},
   ): Promise<C & AsyncDisposable> {
     const task = this.#task;
-    if (this.#disposed) throw new BadResource(`Cannot connect: ${DISPOSED}`);
-    if (task.ended) throw new BadResource(`Cannot connect: ${ENDED}`);
+    const refusal = this.#refusal(task);
+    if (refusal) return refusal;
     if (task.connection) {
-      throw new AlreadyExists(`Cannot connect: ${CONNECTED}`);
+      return Promise.reject(new AlreadyExists(`Cannot connect: ${CONNECTED}`));
     }
-    signal?.throwIfAborted();
-    this.#signal?.throwIfAborted();
+    const connection = new Connection<C>(() => {
+      task.connection = undefined;
+      this.#connected.delete(task);
+    });
+    task.connection = connection;
+    this.#connected.add(task);
+    return connection.opened = this.#open(connection, signal);
+  }
 
-    const connection: Connection<C> = new Connection(task, this.#connections);
-    const attempt = connection.opening = new AbortController();
-    function giveUp(this: AbortSignal) {
-      attempt.abort(this.reason);
-    }
+  #refusal(task: Task<C>): Promise<never> | undefined {
+    if (!this.#disposed && !task.ended) return;
+    const why = this.#disposed ? DISPOSED : ENDED;
+    return Promise.reject(new BadResource(`Cannot connect: ${why}`));
+  }
+
+  async #open(
+    connection: Connection<C>,
+    signal: AbortSignal | undefined,
+  ): Promise<C & AsyncDisposable> {
+    const { attempt } = connection;
+    const given = signal ?? this.#signal;
+    // Not the given signal itself: an EventTarget searches all of its listeners
+    // whenever one is added or removed, and many attempts may share a signal.
+    const cancel = given && AbortSignal.any([given, this.#signal ?? given]);
+    const abort = () => attempt.abort(cancel?.reason);
     try {
-      signal?.addEventListener("abort", giveUp);
-      this.#signal?.addEventListener("abort", giveUp);
-      const conn = await this.#opener(attempt.signal);
-      connection.hold(conn);
+      cancel?.throwIfAborted();
+      cancel?.addEventListener("abort", abort);
+      const conn = connection.hold(await this.#opener(attempt.signal));
       if (attempt.signal.aborted) throw attempt.signal.reason;
-      connection.opening = undefined;
-      return connection.open = conn;
+      connection.state = "open";
+      return conn;
     } catch (error) {
       await using _connection = connection; // closes what is not handed out
       throw attempt.signal.aborted ? attempt.signal.reason : error;
     } finally {
-      signal?.removeEventListener("abort", giveUp);
-      this.#signal?.removeEventListener("abort", giveUp);
+      cancel?.removeEventListener("abort", abort);
     }
   }
 
   /**
-   * Closes every task's connection, gives up every connect in flight, and
-   * refuses whatever comes later. It waits for all of them, but for no task.
+   * Closes every task's connection, cancels every attempt to connect, and
+   * refuses whatever comes later. It waits for all of that, but for no task.
    *
    * @example Usage
    * ```ts
@@ -317,10 +400,10 @@ export class LazyConnection<
    * const lazy = new LazyConnection({ port: server.addr.port });
    * {
    *   await using _lazy = lazy;
-   *   await lazy.connect();
-   * }
+   *   await lazy.get();
+   * } // closed here
    * assertEquals(lazy.current, undefined);
-   * await assertRejects(() => lazy.connect(), Deno.errors.BadResource);
+   * await assertRejects(() => lazy.get(), Deno.errors.BadResource);
    * ```
    *
    * @returns A promise that resolves once nothing is open.
@@ -330,128 +413,146 @@ export class LazyConnection<
   async [Symbol.asyncDispose](): Promise<void> {
     this.#disposed = true;
     await using ends = new AsyncDisposableStack();
-    for (const connection of this.#connections) {
-      const end = connection.end(DISPOSED);
+    for (const task of this.#connected) {
+      const end = this.#tasks.run(task, () => task.disconnect(DISPOSED));
       end.catch(() => {}); // reported by the stack, which gets to it later
       ends.defer(() => end);
     }
   }
 }
 
+/** A call of `run()`, or all that is outside of any. */
 class Task<C extends Disposable | AsyncDisposable> implements AsyncDisposable {
-  ended = false;
   connection: Connection<C> | undefined;
+  ended = false;
 
   async [Symbol.asyncDispose](): Promise<void> {
     this.ended = true;
-    if (this.connection) await this.connection.end(ENDED);
+    await this.disconnect(ENDED);
+  }
+
+  /** Closes the connection or cancels the attempt, and waits for that. */
+  async disconnect(why: string): Promise<void> {
+    const { connection } = this;
+    if (connection?.state === "open") {
+      return await connection[Symbol.asyncDispose]();
+    }
+    if (connection?.state === "opening") {
+      connection.attempt.abort(new BadResource(`Cannot connect: ${why}`));
+    }
+    if (connection) {
+      connection.freed ??= Promise.withResolvers();
+      await connection.freed.promise;
+    }
   }
 }
 
-/** The ways of closing that an opener's object may have. */
-type Closable = Partial<
-  { close(...args: unknown[]): unknown } & Disposable & AsyncDisposable
->;
+/** The objects that are some task's connection, of any LazyConnection. */
+const held = new WeakSet<WeakKey>();
 
-/** A task's connection, from the call of `connect()` until it is closed. */
+/** A task's connection, from the call of `connect()` until the task is free. */
 class Connection<C extends Disposable | AsyncDisposable>
   implements AsyncDisposable {
-  /** The objects that are some task's connection. */
-  static readonly #held = new WeakSet<WeakKey>();
-  /** Set while it is opening. */
-  opening: AbortController | undefined;
-  /** Set while it is open. With neither of the two it is closing. */
-  open: (C & AsyncDisposable) | undefined;
-  #dispose: (() => unknown) | undefined;
-  #restore: (() => void) | undefined;
-  #freed: PromiseWithResolvers<void> | undefined;
-  readonly #task: Task<C>;
-  readonly #all: Set<Connection<C>>;
+  state: "opening" | "open" | "closing" = "opening";
+  readonly attempt = new AbortController();
+  /** What `connect()` and `get()` return, until closing starts. */
+  opened: Promise<C & AsyncDisposable> | undefined;
+  /** Resolves once the task is free, if anything waits for that. */
+  freed: PromiseWithResolvers<void> | undefined;
+  /** What the opener returned. */
+  conn: (C & AsyncDisposable) | undefined;
+  #ownDisposal: Method | undefined;
+  readonly #putBack: (() => void)[] = [];
+  readonly #free: () => void;
 
-  constructor(task: Task<C>, all: Set<Connection<C>>) {
-    this.#task = task;
-    this.#all = all;
-    task.connection = this;
-    all.add(this);
+  constructor(free: () => void) {
+    this.#free = free;
   }
 
-  /** Has the object's own ways of closing it free the task while it is held. */
-  hold(conn: C): asserts conn is C & AsyncDisposable {
-    if (Connection.#held.has(conn)) throw new Busy(`Cannot connect: ${HELD}`);
-    const closable: Closable = conn;
-    const {
-      [Symbol.dispose]: dispose,
-      [Symbol.asyncDispose]: asyncDispose,
-    } = closable;
-    const close = typeof closable.close === "function" && closable.close;
-    const disposer = asyncDispose ?? dispose;
-    if (!disposer) throw new TypeError(`Cannot connect: ${NOT_DISPOSABLE}`);
-    const ownDispose = this.#dispose = () => disposer.call(conn);
-
-    const disposeAsync = async () => void await this.#close(ownDispose);
-    let disposal: Promise<void> | undefined;
-    closable[Symbol.asyncDispose] = () => disposal ??= disposeAsync();
-    if (dispose) {
-      closable[Symbol.dispose] = () => this.#close(() => dispose.call(conn));
+  /** Replaces the object's own methods, both or none, until closing starts. */
+  hold(conn: C): C & AsyncDisposable {
+    if (held.has(conn)) throw new Busy(`Cannot connect: ${HELD}`);
+    try {
+      held.add(conn);
+      this.conn = conn as C & AsyncDisposable; // as it is a few lines below
+      const object: Methods = conn;
+      let dispose: Method | undefined;
+      try {
+        dispose = this.#ownDisposal = method(object, Symbol.dispose);
+      } finally { // even if that getter throws, the other method may close it
+        this.#ownDisposal = method(object, Symbol.asyncDispose) ?? dispose;
+      }
+      if (!this.#ownDisposal) throw new TypeError("It has neither method");
+      if (dispose) {
+        this.#replace(object, Symbol.dispose, () => {
+          if (!this.#startClosing()) return;
+          try {
+            dispose.call(conn);
+          } finally {
+            this.#finishClosing();
+          }
+        });
+      }
+      object[Symbol.asyncDispose] ??= disposeAsync;
+      const close = () => this[Symbol.asyncDispose]();
+      this.#replace(object, Symbol.asyncDispose, close);
+      return this.conn;
+    } catch (cause) {
+      throw new TypeError(`Cannot connect: ${NOT_DISPOSABLE}`, { cause });
     }
-    if (close) {
-      closable.close = (...args) => this.#close(() => close.apply(conn, args));
-    }
-    Connection.#held.add(conn);
-    this.#restore = () => {
-      Connection.#held.delete(conn);
-      closable[Symbol.asyncDispose] = asyncDispose ??
-        (async () => await ownDispose());
-      if (dispose) closable[Symbol.dispose] = dispose;
-      if (close) closable.close = close;
-    };
   }
 
-  /** Closes it or gives it up, and waits until the task is free. */
-  async end(why: string): Promise<void> {
-    if (this.open) return await this.open[Symbol.asyncDispose]();
-    this.opening?.abort(new BadResource(`Cannot connect: ${why}`));
-    this.#freed ??= Promise.withResolvers();
-    await this.#freed.promise;
+  #replace(object: Methods, key: keyof Methods, method: Method): void {
+    const own = Object.hasOwn(object, key);
+    const was = object[key];
+    object[key] = method;
+    if (object[key] !== method) throw new TypeError("Its setter has no effect");
+    // Reflect does not throw if the object has been frozen by then
+    this.#putBack.push(() =>
+      own ? Reflect.set(object, key, was) : Reflect.deleteProperty(object, key)
+    );
   }
 
-  /** Closes what the opener gave, if it did, and frees the task. */
+  /** Closes what the opener returned, if anything, and frees the task. */
   async [Symbol.asyncDispose](): Promise<void> {
-    await this.#settle(() => this.#dispose?.());
-  }
-
-  #close(method: () => unknown): unknown {
-    // Too late, as `using` can be: the object may be another's by now
-    if (this.#task.connection !== this) return;
-    // The object, as it closes, calls one of its methods from another
-    if (!this.open) return method();
-    this.open = undefined;
-    let closing: unknown;
+    if (!this.#startClosing()) return;
     try {
-      closing = method();
-    } catch (error) {
-      this.#free();
-      throw error;
-    }
-    if (closing instanceof Object && "then" in closing) {
-      return this.#settle(() => closing);
-    }
-    this.#free();
-    return closing;
-  }
-
-  async #settle(closing: () => unknown): Promise<unknown> {
-    try {
-      return await closing();
+      if (this.#ownDisposal) await this.#ownDisposal.call(this.conn);
     } finally {
-      this.#free();
+      this.#finishClosing();
     }
   }
 
-  #free(): void {
-    this.#task.connection = undefined;
-    this.#all.delete(this);
-    this.#freed?.resolve();
-    this.#restore?.();
+  /** Gives the object its own methods back, the first time only. */
+  #startClosing(): boolean {
+    if (this.state === "closing") return false;
+    this.state = "closing";
+    this.opened = undefined;
+    for (const putBack of this.#putBack) putBack();
+    return true;
   }
+
+  #finishClosing(): void {
+    if (this.conn) held.delete(this.conn);
+    this.#free();
+    this.freed?.resolve();
+  }
+}
+
+/** The methods that dispose of an object. */
+interface Methods {
+  [Symbol.dispose]?: Method | undefined;
+  [Symbol.asyncDispose]?: Method | undefined;
+}
+type Method = () => unknown;
+
+function method(object: Methods, key: keyof Methods): Method | undefined {
+  const method = object[key] ?? undefined;
+  if (!method || typeof method === "function") return method;
+  throw new TypeError(`Its ${String(key)} is not a function`);
+}
+
+/** What `await using` does where there is no more than `Symbol.dispose`. */
+async function disposeAsync(this: Methods): Promise<void> {
+  await this[Symbol.dispose]?.();
 }
