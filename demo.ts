@@ -4,7 +4,7 @@
  * Two concurrent tasks share one `LazyConnection`, and have two connections:
  *
  * ```sh
- * deno run --allow-net demo.ts            # a server of its own, on loopback
+ * deno run --allow-net demo.ts            # its own server, on loopback
  * deno run --allow-net demo.ts HOST PORT  # any HTTP server
  * ```
  *
@@ -12,12 +12,10 @@
  */
 import { LazyConnection } from "./mod.ts";
 
+type Log = (line: string) => void;
+
 /** Sends the recipe's request in two tasks at once, and logs what they do. */
-export async function demo(
-  hostname: string,
-  port: number,
-  log: (line: string) => void,
-): Promise<void> {
+async function fetchTwice(hostname: string, port: number, log: Log) {
   await using lazy = new LazyConnection({ hostname, port });
   const bothOpen = Promise.withResolvers<void>();
   let open = 0;
@@ -37,10 +35,11 @@ export async function demo(
     log(`${name}: Got ${response.length} bytes`);
   }
 
-  /** Needs no parameter: it finds the connection of the task that calls it. */
+  /** Needs no parameter: it gets the connection of the task that calls it. */
   async function sendRequest() {
+    const conn = await lazy.get();
     const request = `GET /index.html HTTP/1.0\r\nHost: ${hostname}\r\n\r\n`;
-    await lazy.current?.write(new TextEncoder().encode(request));
+    await conn.write(new TextEncoder().encode(request));
   }
 
   await Promise.all([
@@ -49,29 +48,44 @@ export async function demo(
   ]);
 }
 
+/** Logs what ten lines by hand would not do. */
+async function refuseAndCancel(hostname: string, port: number, log: Log) {
+  await using lazy = new LazyConnection(async (signal) => {
+    const conn = await Deno.connect({ hostname, port, signal });
+    signal.onabort = () => conn.close();
+    await conn.read(new Uint8Array(1)); // a greeting, which HTTP does not have
+    return conn;
+  });
+  const signal = AbortSignal.timeout(100); // milliseconds
+  const [first, second] = await Promise.allSettled([
+    lazy.connect({ signal }),
+    lazy.connect(),
+  ]);
+  log(`a second connect() in a task: ${reason(second)}`);
+  log(`a connect() that is cancelled by its signal: ${reason(first)}`);
+}
+
+function reason(result: PromiseSettledResult<unknown>) {
+  return result.status === "rejected" ? result.reason.name : "no error";
+}
+
 /** Runs the demo as the command line says. */
-export async function main(
-  args: string[],
-  log: (line: string) => void,
-): Promise<void> {
+export async function main(args: string[], log: Log): Promise<void> {
   if (args.length === 0) {
     await using server = Deno.serve(
       { hostname: "127.0.0.1", port: 0, onListen() {} },
       () => new Response("<h1>Hello from the demo's own server</h1>\n"),
     );
-    return await demo(server.addr.hostname, server.addr.port, log);
+    const { hostname, port } = server.addr;
+    await fetchTwice(hostname, port, log);
+    return await refuseAndCancel(hostname, port, log);
   }
   const [hostname, port, ...rest] = args;
   if (!hostname || !port || rest.length > 0) {
     throw new TypeError("Cannot run the demo: give HOST and PORT, or nothing");
   }
-  if (!/^\d{1,5}$/.test(port) || Number(port) < 1 || Number(port) > 65_535) {
-    throw new RangeError(
-      `Cannot connect to port "${port}": a port is a number from 1 to 65535`,
-    );
-  }
   try {
-    await demo(hostname, Number(port), log);
+    await fetchTwice(hostname, Number(port), log);
   } catch (cause) {
     const why = cause instanceof Error ? cause.message : cause;
     throw new Error(`Cannot fetch from ${hostname}:${port}: ${why}`, { cause });
