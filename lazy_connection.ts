@@ -547,7 +547,7 @@ interface Methods {
 type Method = () => unknown;
 
 function method(object: Methods, key: keyof Methods): Method | undefined {
-  const method = object[key] ?? undefined;
+  const method = object[key];
   if (!method || typeof method === "function") return method;
   throw new TypeError(`Its ${String(key)} is not a function`);
 }

@@ -13,7 +13,7 @@
  *   { hostname: "127.0.0.1", port: 0 },
  *   () => new Response("Hello"),
  * );
- * const lazy = new LazyConnection({ port: server.addr.port });
+ * await using lazy = new LazyConnection({ port: server.addr.port });
  *
  * async function fetchIndex() {
  *   await using conn = await lazy.connect(); // this task's own connection
