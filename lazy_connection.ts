@@ -28,14 +28,17 @@ const NOT_DISPOSABLE = "the opener must give an object whose " +
  * Without the handshake, a wrong certificate would only surface at the first
  * write, and a server that never answers could not be cancelled. `using` closes
  * the socket if `Deno.startTls` fails, and does nothing once it has taken the
- * socket over.
+ * socket over. `caCerts` takes the PEM texts of your own authorities.
  *
  * ```ts
  * import { LazyConnection } from "@cookbook/lazy-connection";
  *
  * const hostname = "example.com";
  * const lazy = new LazyConnection(async (signal) => {
- *   using tcp = await Deno.connect({ hostname, port: 443, signal });
+ *   // Deno.connect() would lose a socket that opens just as its signal aborts
+ *   const cancel = AbortSignal.any([signal]);
+ *   cancel.throwIfAborted = () => {};
+ *   using tcp = await Deno.connect({ hostname, port: 443, signal: cancel });
  *   const tls = await Deno.startTls(tcp, { hostname, caCerts: [] });
  *   try {
  *     signal.throwIfAborted();
@@ -62,10 +65,12 @@ const NOT_DISPOSABLE = "the opener must give an object whose " +
  * @example A client without `Symbol.dispose`, such as that of `npm:pg`
  * ```ts ignore
  * import { LazyConnection } from "@cookbook/lazy-connection";
+ * // @ts-types="npm:@types/pg@^8"
  * import pg from "npm:pg@^8";
  *
  * const lazy = new LazyConnection(async () => {
  *   const client = new pg.Client({ connectionTimeoutMillis: 5_000 });
+ *   client.on("error", console.error); // or an error ends the process
  *   await client.connect();
  *   return Object.assign(client, {
  *     [Symbol.asyncDispose]: () => client.end(),
