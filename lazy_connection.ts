@@ -122,7 +122,7 @@ export class LazyConnection<
   readonly #opener: Opener<C>;
   readonly #signal: AbortSignal | undefined;
   readonly #tasks = new AsyncLocalStorage<Task<C>>();
-  readonly #main = new Task<C>();
+  readonly #main = new Task<C>(this.#tasks);
   /** The tasks that are not free. */
   readonly #connected = new Set<Task<C>>();
   #disposed = false;
@@ -236,18 +236,13 @@ export class LazyConnection<
    * @throws {SuppressedError} If the function fails and so does closing the
    * connection: `suppressed` is the function's error, `error` the other one.
    */
-  run<A extends unknown[], R>(
+  async run<A extends unknown[], R>(
     callback: (...args: A) => R,
     ...args: A
   ): Promise<Awaited<R>> {
-    const task = new Task<C>();
-    return this.#tasks.run(task, async (): Promise<Awaited<R>> => {
-      if (this.#disposed) {
-        throw new BadResource(`Cannot run a task: ${DISPOSED}`);
-      }
-      await using _task = task;
-      return await callback(...args);
-    });
+    if (this.#disposed) throw new BadResource(`Cannot run a task: ${DISPOSED}`);
+    await using task = new Task<C>(this.#tasks);
+    return await this.#tasks.run(task, callback, ...args);
   }
 
   /**
@@ -419,7 +414,7 @@ export class LazyConnection<
     this.#disposed = true;
     await using ends = new AsyncDisposableStack();
     for (const task of this.#connected) {
-      const end = this.#tasks.run(task, () => task.disconnect(DISPOSED));
+      const end = task.disconnect(DISPOSED);
       end.catch(() => {}); // reported by the stack, which gets to it later
       ends.defer(() => end);
     }
@@ -430,25 +425,21 @@ export class LazyConnection<
 class Task<C extends Disposable | AsyncDisposable> implements AsyncDisposable {
   connection: Connection<C> | undefined;
   ended = false;
+  readonly #tasks: AsyncLocalStorage<Task<C>>;
+
+  constructor(tasks: AsyncLocalStorage<Task<C>>) {
+    this.#tasks = tasks;
+  }
 
   async [Symbol.asyncDispose](): Promise<void> {
     this.ended = true;
     await this.disconnect(ENDED);
   }
 
-  /** Closes the connection or cancels the attempt, and waits for that. */
+  /** Has its connection end, inside the task, and waits for that. */
   async disconnect(why: string): Promise<void> {
     const { connection } = this;
-    if (connection?.state === "open") {
-      return await connection[Symbol.asyncDispose]();
-    }
-    if (connection?.state === "opening") {
-      connection.attempt.abort(new BadResource(`Cannot connect: ${why}`));
-    }
-    if (connection) {
-      connection.freed ??= Promise.withResolvers();
-      await connection.freed.promise;
-    }
+    if (connection) await this.#tasks.run(this, () => connection.end(why));
   }
 }
 
@@ -462,13 +453,12 @@ class Connection<C extends Disposable | AsyncDisposable>
   readonly attempt = new AbortController();
   /** What `connect()` and `get()` return, until closing starts. */
   opened: Promise<C & AsyncDisposable> | undefined;
-  /** Resolves once the task is free, if anything waits for that. */
-  freed: PromiseWithResolvers<void> | undefined;
   /** What the opener returned. */
   conn: (C & AsyncDisposable) | undefined;
   #ownDisposal: Method | undefined;
   readonly #putBack: (() => void)[] = [];
   readonly #free: () => void;
+  #freed: PromiseWithResolvers<void> | undefined;
 
   constructor(free: () => void) {
     this.#free = free;
@@ -518,6 +508,16 @@ class Connection<C extends Disposable | AsyncDisposable>
     );
   }
 
+  /** Closes it or cancels the attempt, and waits until the task is free. */
+  async end(why: string): Promise<void> {
+    if (this.state === "open") return await this[Symbol.asyncDispose]();
+    if (this.state === "opening") {
+      this.attempt.abort(new BadResource(`Cannot connect: ${why}`));
+    }
+    this.#freed ??= Promise.withResolvers();
+    await this.#freed.promise;
+  }
+
   /** Closes what the opener returned, if anything, and frees the task. */
   async [Symbol.asyncDispose](): Promise<void> {
     if (!this.#startClosing()) return;
@@ -540,7 +540,7 @@ class Connection<C extends Disposable | AsyncDisposable>
   #finishClosing(): void {
     if (this.conn) held.delete(this.conn);
     this.#free();
-    this.freed?.resolve();
+    this.#freed?.resolve();
   }
 }
 
