@@ -21,14 +21,14 @@ const NOT_DISPOSABLE = "the opener must give an object whose " +
  * waited for, and what it then returns is closed.
  *
  * An opener must not wait for `get()` in its own task, nor for the disposal of
- * its `LazyConnection`: each would wait for the other.
+ * its `LazyConnection`: it would wait for itself.
  *
  * @example TLS
  *
  * Without the handshake, a wrong certificate would only surface at the first
- * write, and a server that never answers could not be cancelled. `using` closes
- * the socket if `Deno.startTls` fails, and does nothing once it has taken the
- * socket over. `caCerts` takes the PEM texts of your own authorities.
+ * write, and waiting for a server that never answers could not be cancelled.
+ * `using` closes the socket if `Deno.startTls` fails, and does nothing once
+ * `Deno.startTls` has taken the socket over. `caCerts` takes the PEM texts of your own authorities.
  *
  * ```ts
  * import { LazyConnection } from "@cookbook/lazy-connection";
@@ -128,7 +128,7 @@ export class LazyConnection<
   #disposed = false;
 
   /**
-   * Creates an object that opens nothing yet, and needs no permission to.
+   * Creates a `LazyConnection`. It opens nothing yet, so it needs no permission.
    *
    * @example From the options of `Deno.connect`
    * ```ts
@@ -145,8 +145,8 @@ export class LazyConnection<
    * ```
    *
    * @param target What to connect to: the options of `Deno.connect`, or an
-   * opener. The `signal` of the options cancels every attempt to connect, and
-   * closes nothing that is open.
+   * opener. The `signal` of the options cancels every attempt to connect, but
+   * closes no open connection.
    */
   constructor(
     target: Opener<C> | (Deno.TcpConn extends C ? Deno.ConnectOptions : never),
@@ -158,15 +158,15 @@ export class LazyConnection<
     const { signal, ...options }: Deno.ConnectOptions = target;
     this.#signal = signal;
     this.#opener = async (signal) => {
-      // Deno.connect() calls this last. Where it throws, a socket that opened
-      // just as the signal aborted is lost; now connect() gets it, to close it.
+      // Deno.connect() calls this last. If it threw, a socket that opened just
+      // as the signal aborted would be lost; so #open() gets it, and closes it.
       signal.throwIfAborted = () => {};
       const conn = await Deno.connect({ ...options, signal });
-      // An own property from now on, as deleting one again slows an object down
+      // An own property even before it is replaced, since deleting it again
+      // after closing would cost more than all else that is done here
       const { [Symbol.dispose]: dispose } = conn;
       conn[Symbol.dispose] = dispose;
-      const opened: unknown = conn;
-      return opened as C; // so says the type of `target`
+      return conn as Disposable as C; // so says the type of `target`
     };
   }
 
@@ -206,8 +206,8 @@ export class LazyConnection<
    *
    * When the function's promise settles, the task ends: an attempt to connect
    * is cancelled and waited for, an open connection is closed inside the task,
-   * and then `run` settles. What the function leaves behind loses its
-   * connection then, be it a stream or a generator.
+   * and then `run` settles. Whatever outlives the function, such as a stream or
+   * a generator, then loses its connection.
    *
    * A `run` inside a task starts another task.
    *
@@ -231,10 +231,10 @@ export class LazyConnection<
    * @param callback The function to call; it may be synchronous.
    * @param args The arguments to call it with.
    * @returns The function's result.
-   * @throws {Deno.errors.BadResource} If the object has been disposed of; the
-   * function is then not called.
+   * @throws {Deno.errors.BadResource} If the `LazyConnection` has been disposed
+   * of; the function is then not called.
    * @throws {SuppressedError} If the function fails and so does closing the
-   * connection: `suppressed` is the function's error, `error` the other one.
+   * connection: `suppressed` is the function's error, `error` that of closing.
    */
   async run<A extends unknown[], R>(
     callback: (...args: A) => R,
@@ -246,12 +246,12 @@ export class LazyConnection<
   }
 
   /**
-   * Gets the current task's connection: the one that is open, the one that is
-   * opening, whoever began that, or else a new one.
+   * Gets the current task's connection: the open one, else the one that is being
+   * opened, whoever began that, else a new one.
    *
-   * However deep in the call stack and however many at once ask for it, the
-   * task opens one connection. Its task closes it when it ends; `using` is for
-   * the connections that you `connect()`.
+   * However deep in the call stack it is asked for, and by however many at once,
+   * the task opens one connection. The end of the task closes it; keep `using`
+   * for what you `connect()`.
    *
    * If the attempt fails or is cancelled, it fails for all who wait for it, and
    * the next call tries again. A time-out belongs in the opener or, for one
@@ -285,10 +285,12 @@ export class LazyConnection<
    *
    * @returns The connection, made `AsyncDisposable`.
    * @throws {Deno.errors.AlreadyExists} If the task's connection is closing.
-   * @throws {Deno.errors.BadResource} If the task has ended or the object has
-   * been disposed of.
+   * @throws {Deno.errors.BadResource} If the task has ended or the
+   * `LazyConnection` has been disposed of.
    * @throws {Deno.errors.Busy} If the opener returns what is still another
    * task's connection.
+   * @throws {SuppressedError} If closing a connection that is not handed out
+   * fails: `suppressed` is the reason for closing it, `error` that of closing.
    * @throws {TypeError} If the opener returns something that cannot be disposed
    * of, or whose methods cannot be replaced.
    */
@@ -298,12 +300,13 @@ export class LazyConnection<
   }
 
   /**
-   * Opens the current task's connection, or refuses to if there is one.
+   * Opens the current task's connection, or rejects if there is one.
    *
    * The connection is the very object that the opener returned. Until it is
    * disposed of, its `Symbol.dispose` and `Symbol.asyncDispose` methods are
-   * replaced by ones that also free the task for another `connect()`. The first
-   * call closes, and a later one does nothing.
+   * replaced by ones that also free the task for another `connect()`. The
+   * object has its own methods back when closing starts, and a `using` block
+   * that ends later does nothing.
    *
    * @example A time-out, in milliseconds
    * ```ts
@@ -329,12 +332,12 @@ export class LazyConnection<
    * @returns The connection, made `AsyncDisposable`.
    * @throws {Deno.errors.AlreadyExists} If the task has a connection, be it
    * opening, open or closing.
-   * @throws {Deno.errors.BadResource} If the task has ended or the object has
-   * been disposed of, before the call or while it opens the connection.
+   * @throws {Deno.errors.BadResource} If the task has ended or the
+   * `LazyConnection` has been disposed of, before the call or while it opens the connection.
    * @throws {Deno.errors.Busy} If the opener returns what is still another
    * task's connection.
    * @throws {SuppressedError} If closing a connection that is not handed out
-   * fails: `suppressed` is the reason for closing it, `error` the other one.
+   * fails: `suppressed` is the reason for closing it, `error` that of closing.
    * @throws {TypeError} If the opener returns something that cannot be disposed
    * of, or whose methods cannot be replaced.
    */
@@ -376,6 +379,7 @@ export class LazyConnection<
       cancel?.throwIfAborted();
       cancel?.addEventListener("abort", abort);
       const conn = connection.hold(await this.#opener(attempt.signal));
+      // Not throwIfAborted(), which may have been replaced above
       if (attempt.signal.aborted) throw attempt.signal.reason;
       connection.state = "open";
       return conn;
@@ -389,7 +393,7 @@ export class LazyConnection<
 
   /**
    * Closes every task's connection, cancels every attempt to connect, and
-   * refuses whatever comes later. It waits for all of that, but for no task.
+   * refuses whatever comes later. It waits for that, but not for tasks to end.
    *
    * @example Usage
    * ```ts
@@ -436,7 +440,7 @@ class Task<C extends Disposable | AsyncDisposable> implements AsyncDisposable {
     await this.disconnect(ENDED);
   }
 
-  /** Has its connection end, inside the task, and waits for that. */
+  /** Ends its connection, inside the task, and waits for that. */
   async disconnect(why: string): Promise<void> {
     const { connection } = this;
     if (connection) await this.#tasks.run(this, () => connection.end(why));
@@ -469,13 +473,16 @@ class Connection<C extends Disposable | AsyncDisposable>
     if (held.has(conn)) throw new Busy(`Cannot connect: ${HELD}`);
     try {
       held.add(conn);
-      this.conn = conn as C & AsyncDisposable; // as it is a few lines below
+      this.conn = conn as C & AsyncDisposable; // once it is made one, below
       const object: Methods = conn;
       let dispose: Method | undefined;
       try {
         dispose = this.#ownDisposal = method(object, Symbol.dispose);
       } finally { // even if that getter throws, the other method may close it
-        this.#ownDisposal = method(object, Symbol.asyncDispose) ?? dispose;
+        const asyncDispose = method(object, Symbol.asyncDispose);
+        if (asyncDispose !== disposeAsync) {
+          this.#ownDisposal = asyncDispose ?? dispose;
+        }
       }
       if (!this.#ownDisposal) throw new TypeError("It has neither method");
       if (dispose) {
@@ -522,7 +529,9 @@ class Connection<C extends Disposable | AsyncDisposable>
   async [Symbol.asyncDispose](): Promise<void> {
     if (!this.#startClosing()) return;
     try {
-      if (this.#ownDisposal) await this.#ownDisposal.call(this.conn);
+      const closing = this.#ownDisposal?.call(this.conn);
+      // Else the task is free at once: a pool may have given the object on
+      if (closing) await closing;
     } finally {
       this.#finishClosing();
     }

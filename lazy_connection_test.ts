@@ -818,6 +818,42 @@ test("LazyConnection.connect() is safe from late disposal if an object is given 
   assertEquals(pooled.calls, ["dispose", "asyncDispose"]);
 });
 
+test("LazyConnection.connect() takes what a pool gives on while it is released", async (t) => {
+  /** A pool of one: releasing its object gives it to the next who waits. */
+  class Pool {
+    waiting: PromiseWithResolvers<Disposable>[] = [];
+    free: Disposable | undefined = {
+      [Symbol.dispose]: () => this.waiting.shift()?.resolve(this.only),
+    };
+    only = this.free!;
+    acquire() {
+      const { free } = this;
+      this.free = undefined;
+      if (free) return free;
+      this.waiting.push(Promise.withResolvers());
+      return this.waiting.at(-1)!.promise;
+    }
+  }
+  const ways: Record<string, (lazy: LazyConnection<Disposable>) => unknown> = {
+    async "using"(lazy) {
+      using _conn = await lazy.connect();
+    },
+    async "await using"(lazy) {
+      await using _conn = await lazy.connect();
+    },
+    async "the end of the task"(lazy) {
+      await lazy.get();
+    },
+  };
+  for (const [name, task] of Object.entries(ways)) {
+    await t.step(name, async () => {
+      const pool = new Pool();
+      const lazy = new LazyConnection(() => pool.acquire());
+      await Promise.all([1, 2, 3, 4].map(() => lazy.run(task, lazy)));
+    });
+  }
+});
+
 test("LazyConnection.connect() takes an object given again any number of times", async () => {
   const pooled = new Fake();
   const lazy = new LazyConnection(() => pooled);
