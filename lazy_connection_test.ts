@@ -1232,6 +1232,22 @@ test("LazyConnection.connect() never aborts the opener's signal after it has ope
   assertEquals(fake.calls, ["asyncDispose"]);
 });
 
+test("LazyConnection.connect() never aborts the opener's signal while closing", async () => {
+  const control = new Control<Slow>();
+  const { lazy } = control;
+  const slow = new Slow();
+  const run = lazy.run(async () => {
+    const connect = lazy.connect();
+    control.answer.resolve(slow);
+    (await connect)[Symbol.asyncDispose]();
+  });
+  assert(await isPending(run));
+  const disposal = lazy[Symbol.asyncDispose]();
+  slow.closing.resolve();
+  await Promise.all([run, disposal]);
+  assertEquals(control.signal.aborted, false);
+});
+
 test("LazyConnection.connect() adds no listener to a signal that attempts share", async () => {
   const controller = new AbortController();
   const { signal } = controller;
