@@ -162,8 +162,8 @@ export class LazyConnection<
       // as the signal aborted would be lost; so #open() gets it, and closes it.
       signal.throwIfAborted = () => {};
       const conn = await Deno.connect({ ...options, signal });
-      // An own property even before it is replaced, since deleting it again
-      // after closing would cost more than all else that is done here
+      // An own property even before it is replaced, since to delete one after
+      // closing takes longer than all else that is done to the object
       const { [Symbol.dispose]: dispose } = conn;
       conn[Symbol.dispose] = dispose;
       return conn as Disposable as C; // so says the type of `target`
@@ -509,7 +509,8 @@ class Connection<C extends Disposable | AsyncDisposable>
     const was = object[key];
     object[key] = method;
     if (object[key] !== method) throw new TypeError("Its setter has no effect");
-    // Reflect does not throw if the object has been frozen by then
+    // Reflect does not throw if the object has been frozen by then. A deletion
+    // makes an object slower, but one that is given again has the keys it had.
     this.#putBack.push(() =>
       own ? Reflect.set(object, key, was) : Reflect.deleteProperty(object, key)
     );
