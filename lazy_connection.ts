@@ -242,7 +242,9 @@ export class LazyConnection<
   ): Promise<Awaited<R>> {
     if (this.#disposed) throw new BadResource(`Cannot run a task: ${DISPOSED}`);
     await using task = new Task<C>(this.#tasks);
-    return await this.#tasks.run(task, callback, ...args);
+    // Promise.resolve() calls a lazy thenable inside the task
+    const call = () => Promise.resolve(callback(...args));
+    return await this.#tasks.run(task, call);
   }
 
   /**
@@ -284,7 +286,8 @@ export class LazyConnection<
    * ```
    *
    * @returns The connection, made `AsyncDisposable`.
-   * @throws {Deno.errors.AlreadyExists} If the task's connection is closing.
+   * @throws {Deno.errors.AlreadyExists} If the task's connection is closing, or
+   * in the opener itself.
    * @throws {Deno.errors.BadResource} If the task has ended or the
    * `LazyConnection` has been disposed of.
    * @throws {Deno.errors.Busy} If the opener returns what is still another
@@ -305,8 +308,9 @@ export class LazyConnection<
    * The connection is the very object that the opener returned. Until it is
    * disposed of, its `Symbol.dispose` and `Symbol.asyncDispose` methods are
    * replaced by ones that also free the task for another `connect()`. The
-   * object has its own methods back when closing starts, and a `using` block
-   * that ends later does nothing.
+   * object has its own methods back when closing starts, and keeps a
+   * `Symbol.asyncDispose` if it had none. A `using` that was declared before then
+   * and ends later does nothing.
    *
    * @example A time-out, in milliseconds
    * ```ts
@@ -371,14 +375,18 @@ export class LazyConnection<
   ): Promise<C & AsyncDisposable> {
     const { attempt } = connection;
     const given = signal ?? this.#signal;
-    // Not the given signal itself: an EventTarget searches all of its listeners
-    // whenever one is added or removed, and many attempts may share a signal.
-    const cancel = given && AbortSignal.any([given, this.#signal ?? given]);
+    let cancel: AbortSignal | undefined;
     const abort = () => attempt.abort(cancel?.reason);
     try {
+      // Not the given signal itself: an EventTarget searches all its listeners
+      // whenever one is added or removed, and many attempts may share a signal.
+      cancel = given && AbortSignal.any([given, this.#signal ?? given]);
       cancel?.throwIfAborted();
       cancel?.addEventListener("abort", abort);
-      const conn = connection.hold(await this.#opener(attempt.signal));
+      const opened = await this.#opener(attempt.signal);
+      // A pool may give an object on from within its disposal, about to settle
+      if (held.has(opened)) await new Promise((resolve) => setTimeout(resolve));
+      const conn = connection.hold(opened);
       // Not throwIfAborted(), which may have been replaced above
       if (attempt.signal.aborted) throw attempt.signal.reason;
       connection.state = "open";
@@ -393,7 +401,8 @@ export class LazyConnection<
 
   /**
    * Closes every task's connection, cancels every attempt to connect, and
-   * refuses whatever comes later. It waits for that, but not for tasks to end.
+   * refuses whatever comes later. It waits for that, but not for tasks to end;
+   * an opener or a connection's own disposal must not wait for it in turn.
    *
    * @example Usage
    * ```ts
@@ -479,10 +488,7 @@ class Connection<C extends Disposable | AsyncDisposable>
       try {
         dispose = this.#ownDisposal = method(object, Symbol.dispose);
       } finally { // even if that getter throws, the other method may close it
-        const asyncDispose = method(object, Symbol.asyncDispose);
-        if (asyncDispose !== disposeAsync) {
-          this.#ownDisposal = asyncDispose ?? dispose;
-        }
+        this.#ownDisposal = method(object, Symbol.asyncDispose) ?? dispose;
       }
       if (!this.#ownDisposal) throw new TypeError("It has neither method");
       if (dispose) {
@@ -508,12 +514,12 @@ class Connection<C extends Disposable | AsyncDisposable>
     const own = Object.hasOwn(object, key);
     const was = object[key];
     object[key] = method;
+    this.#putBack.push(() => {
+      // A deletion makes an object slower, but it has no key that it had not
+      if (!own) delete object[key];
+      if (object[key] !== was) object[key] = was;
+    });
     if (object[key] !== method) throw new TypeError("Its setter has no effect");
-    // Reflect does not throw if the object has been frozen by then. A deletion
-    // makes an object slower, but one that is given again has the keys it had.
-    this.#putBack.push(() =>
-      own ? Reflect.set(object, key, was) : Reflect.deleteProperty(object, key)
-    );
   }
 
   /** Closes it or cancels the attempt, and waits until the task is free. */
@@ -530,9 +536,7 @@ class Connection<C extends Disposable | AsyncDisposable>
   async [Symbol.asyncDispose](): Promise<void> {
     if (!this.#startClosing()) return;
     try {
-      const closing = this.#ownDisposal?.call(this.conn);
-      // Else the task is free at once: a pool may have given the object on
-      if (closing) await closing;
+      if (this.#ownDisposal) await this.#ownDisposal.call(this.conn);
     } finally {
       this.#finishClosing();
     }
@@ -543,7 +547,13 @@ class Connection<C extends Disposable | AsyncDisposable>
     if (this.state === "closing") return false;
     this.state = "closing";
     this.opened = undefined;
-    for (const putBack of this.#putBack) putBack();
+    for (const putBack of this.#putBack) {
+      try {
+        putBack();
+      } catch {
+        // An object that has been frozen since is closed as it is
+      }
+    }
     return true;
   }
 

@@ -178,6 +178,16 @@ test("LazyConnection.run() resolves to the result of the function", async () => 
   assertEquals([sync, async, either], [3, "a", "b"]);
 });
 
+test("LazyConnection.run() runs a lazy thenable inside the task", async () => {
+  const lazy = new LazyConnection(() => new Fake());
+  const query: PromiseLike<Fake> = {
+    then: (...args) => lazy.get().then(...args),
+  };
+  const conn = await lazy.run(() => query);
+  assertEquals(conn.calls, ["asyncDispose"]);
+  assertEquals(lazy.current, undefined);
+});
+
 test("LazyConnection.run() rejects with the error of the function", async () => {
   const lazy = new LazyConnection(() => new Fake());
   const error = new Error("task");
@@ -717,11 +727,41 @@ test("LazyConnection.connect() gives the object its own methods back when closin
   });
 });
 
-test("LazyConnection.connect() closes an object that was frozen in the task", async () => {
-  const fake = new Fake();
-  const lazy = new LazyConnection(() => fake);
-  await lazy.run(async () => void Object.freeze(await lazy.connect()));
-  assertEquals(fake.calls, ["asyncDispose"]);
+test("LazyConnection.connect() closes an object that does not take its methods back", async (t) => {
+  const fail = () => {
+    throw new Error("no");
+  };
+  const changes: Record<string, (fake: Fake) => void> = {
+    "frozen": (fake) => Object.freeze(fake),
+    "with a setter that throws": (fake) =>
+      Object.defineProperty(fake, Symbol.dispose, { set: fail }),
+  };
+  for (const [name, change] of Object.entries(changes)) {
+    await t.step(name, async () => {
+      const fake = new Fake();
+      const lazy = new LazyConnection(() => fake);
+      await lazy.run(async () => change(await lazy.connect()));
+      assertEquals(fake.calls, ["asyncDispose"]);
+      await lazy[Symbol.asyncDispose]();
+    });
+  }
+});
+
+test("LazyConnection.connect() gives methods back through an inherited setter", async () => {
+  class Accessor {
+    closings = 0;
+    #dispose = () => void this.closings++;
+    get [Symbol.dispose]() {
+      return this.#dispose;
+    }
+    set [Symbol.dispose](dispose) {
+      this.#dispose = dispose;
+    }
+  }
+  const object = new Accessor();
+  const lazy = new LazyConnection(() => object);
+  for (let i = 0; i < 3; i++) await lazy.run(() => lazy.connect());
+  assertEquals(object.closings, 3);
 });
 
 test("LazyConnection.connect() lets an object wait for code that disposes of it", async () => {
@@ -818,38 +858,50 @@ test("LazyConnection.connect() is safe from late disposal if an object is given 
   assertEquals(pooled.calls, ["dispose", "asyncDispose"]);
 });
 
-test("LazyConnection.connect() takes what a pool gives on while it is released", async (t) => {
-  /** A pool of one: releasing its object gives it to the next who waits. */
-  class Pool {
-    waiting: PromiseWithResolvers<Disposable>[] = [];
-    free: Disposable | undefined = {
-      [Symbol.dispose]: () => this.waiting.shift()?.resolve(this.only),
-    };
-    only = this.free!;
+test("LazyConnection.connect() takes what a pool gives on from within its disposal", async (t) => {
+  /** A pool of one, which gives its object to the next who waits. */
+  class Pool<C> {
+    waiting: PromiseWithResolvers<C>[] = [];
+    free: C[];
+    constructor(object: C) {
+      this.free = [object];
+    }
     acquire() {
-      const { free } = this;
-      this.free = undefined;
-      if (free) return free;
+      if (this.free.length > 0) return this.free.pop()!;
       this.waiting.push(Promise.withResolvers());
       return this.waiting.at(-1)!.promise;
     }
+    release(object: C) {
+      const next = this.waiting.shift();
+      if (next) next.resolve(object);
+      else this.free.push(object);
+    }
   }
-  const ways: Record<string, (lazy: LazyConnection<Disposable>) => unknown> = {
-    async "using"(lazy) {
-      using _conn = await lazy.connect();
+  const objects: Record<string, Disposable | AsyncDisposable> = {
+    "at once": {
+      [Symbol.dispose]() {
+        pool.release(this);
+      },
     },
-    async "await using"(lazy) {
-      await using _conn = await lazy.connect();
-    },
-    async "the end of the task"(lazy) {
-      await lazy.get();
+    "asynchronously": {
+      async [Symbol.asyncDispose]() {
+        await settled(1);
+        const release = async () => await pool.release(this);
+        await release();
+      },
     },
   };
-  for (const [name, task] of Object.entries(ways)) {
+  let pool = new Pool<Disposable | AsyncDisposable>(new Fake());
+  for (const [name, object] of Object.entries(objects)) {
     await t.step(name, async () => {
-      const pool = new Pool();
+      pool = new Pool(object);
       const lazy = new LazyConnection(() => pool.acquire());
-      await Promise.all([1, 2, 3, 4].map(() => lazy.run(task, lazy)));
+      const task = async () => {
+        await using _conn = await lazy.connect();
+      };
+      const tasks = [task, () => lazy.get(), task, () => lazy.get()];
+      await Promise.all(tasks.map((task) => lazy.run<[], unknown>(task)));
+      assertEquals(pool.free, [object]);
     });
   }
 });
@@ -1088,6 +1140,15 @@ test("LazyConnection.connect() does not start with an aborted signal", async () 
   assertStrictEquals(await connect, fake);
   await lazy[Symbol.asyncDispose]();
   assertEquals(fake.calls, ["asyncDispose"]);
+});
+
+test("LazyConnection.connect() is free again after a signal that is none", async () => {
+  const fake = new Fake();
+  const lazy = new LazyConnection(() => fake);
+  const signal = { aborted: false } as AbortSignal; // a polyfill's, say
+  await assertRejects(() => lazy.connect({ signal }), TypeError);
+  assertStrictEquals(await lazy.connect(), fake);
+  await lazy[Symbol.asyncDispose]();
 });
 
 test("LazyConnection.connect() rejects with the reason of its signal", async () => {
