@@ -242,9 +242,7 @@ export class LazyConnection<
   ): Promise<Awaited<R>> {
     if (this.#disposed) throw new BadResource(`Cannot run a task: ${DISPOSED}`);
     await using task = new Task<C>(this.#tasks);
-    // Promise.resolve() calls a lazy thenable inside the task
-    const call = () => Promise.resolve(callback(...args));
-    return await this.#tasks.run(task, call);
+    return await this.#tasks.run(task, call, callback, args);
   }
 
   /**
@@ -432,6 +430,14 @@ export class LazyConnection<
       ends.defer(() => end);
     }
   }
+}
+
+/** Calls a function and, in the same context, a thenable that it returns. */
+function call<A extends unknown[], R>(
+  callback: (...args: A) => R,
+  args: A,
+): Promise<Awaited<R>> {
+  return Promise.resolve(callback(...args));
 }
 
 /** A call of `run()`, or all that is outside of any. */
