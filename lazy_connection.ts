@@ -28,7 +28,8 @@ const NOT_DISPOSABLE = "the opener must give an object whose " +
  * Without the handshake, a wrong certificate would only surface at the first
  * write, and waiting for a server that never answers could not be cancelled.
  * `using` closes the socket if `Deno.startTls` fails, and does nothing once
- * `Deno.startTls` has taken the socket over. `caCerts` takes the PEM texts of your own authorities.
+ * `Deno.startTls` has taken the socket over. `caCerts` takes the PEM texts of
+ * your own authorities.
  *
  * ```ts
  * import { LazyConnection } from "@cookbook/lazy-connection";
