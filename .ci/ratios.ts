@@ -32,12 +32,10 @@ function median(numbers: number[]): number {
 async function ratio({ ours, byHand, batch, rounds }: Case): Promise<number> {
   const ratios: number[] = [];
   for (let i = 0; i < rounds; i++) {
-    let theirs = 0;
-    const theirsFirst = Math.random() < 0.5;
-    if (theirsFirst) theirs = await time(byHand, batch);
-    const own = await time(ours, batch);
-    if (!theirsFirst) theirs = await time(byHand, batch);
-    ratios.push(own / theirs);
+    const sides = Math.random() < 0.5 ? [ours, byHand] : [byHand, ours];
+    const times = new Map<Run, number>();
+    for (const side of sides) times.set(side, await time(side, batch));
+    ratios.push(times.get(ours)! / times.get(byHand)!);
   }
   return median(ratios);
 }
