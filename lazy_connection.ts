@@ -91,11 +91,11 @@ export type Opener<C extends Disposable | AsyncDisposable> = (
 /**
  * One object for many tasks, each of which has a connection of its own.
  *
- * A *task* is a call of `run()`, with everything that it starts; code outside of
- * any `run()` is in the *main task*. A task has at most one connection, which is
- * its own until it is *disposed of*: by `using`, by `await using`, by a call of
- * `[Symbol.dispose]()` or `[Symbol.asyncDispose]()`, by the end of its task, or
- * by the disposal of the `LazyConnection`. Nothing else counts: `close()`,
+ * A *task* is a call of `run()`, with everything that it starts; code outside
+ * of any `run()` is in the *main task*. A task has at most one connection. It is
+ * the task's until it is *disposed of*: by `using`, by `await using`, by a call
+ * of `[Symbol.dispose]()` or `[Symbol.asyncDispose]()`, by the end of its task,
+ * or by the disposal of the `LazyConnection`. Nothing else counts: `close()`,
  * `end()` and the like are the object's own business.
  *
  * @example Two tasks, two connections
@@ -129,7 +129,8 @@ export class LazyConnection<
   #disposed = false;
 
   /**
-   * Creates a `LazyConnection`. It opens nothing yet, so it needs no permission.
+   * Creates a `LazyConnection`. It opens nothing yet, so it needs no
+   * permission.
    *
    * @example From the options of `Deno.connect`
    * ```ts
@@ -247,12 +248,12 @@ export class LazyConnection<
   }
 
   /**
-   * Gets the current task's connection: the open one, else the one that is being
-   * opened, whoever began that, else a new one.
+   * Gets the current task's connection: the open one, else the one that is
+   * being opened, whoever began that, else a new one.
    *
-   * However deep in the call stack it is asked for, and by however many at once,
-   * the task opens one connection. The end of the task closes it; keep `using`
-   * for what you `connect()`.
+   * However deep in the call stack it is asked for, and by however many at
+   * once, the task opens one connection. The end of the task closes it; keep
+   * `using` for what you `connect()`.
    *
    * If the attempt fails or is cancelled, it fails for all who wait for it, and
    * the next call tries again. A time-out belongs in the opener or, for one
@@ -308,8 +309,8 @@ export class LazyConnection<
    * disposed of, its `Symbol.dispose` and `Symbol.asyncDispose` methods are
    * replaced by ones that also free the task for another `connect()`. The
    * object has its own methods back when closing starts, and keeps a
-   * `Symbol.asyncDispose` if it had none. A `using` that was declared before then
-   * and ends later does nothing.
+   * `Symbol.asyncDispose` if it had none. A `using` that was declared before
+   * then and ends later does nothing.
    *
    * @example A time-out, in milliseconds
    * ```ts
@@ -336,7 +337,8 @@ export class LazyConnection<
    * @throws {Deno.errors.AlreadyExists} If the task has a connection, be it
    * opening, open or closing.
    * @throws {Deno.errors.BadResource} If the task has ended or the
-   * `LazyConnection` has been disposed of, before the call or while it opens the connection.
+   * `LazyConnection` has been disposed of, before the call or while it opens
+   * the connection.
    * @throws {Deno.errors.Busy} If the opener returns what is still another
    * task's connection.
    * @throws {SuppressedError} If closing a connection that is not handed out
@@ -493,9 +495,9 @@ class Connection<C extends Disposable | AsyncDisposable>
       const object: Methods = conn;
       let dispose: Method | undefined;
       try {
-        dispose = this.#ownDisposal = method(object, Symbol.dispose);
+        dispose = this.#ownDisposal = methodOf(object, Symbol.dispose);
       } finally { // even if that getter throws, the other method may close it
-        this.#ownDisposal = method(object, Symbol.asyncDispose) ?? dispose;
+        this.#ownDisposal = methodOf(object, Symbol.asyncDispose) ?? dispose;
       }
       if (!this.#ownDisposal) throw new TypeError("It has neither method");
       if (dispose) {
@@ -578,7 +580,7 @@ interface Methods {
 }
 type Method = () => unknown;
 
-function method(object: Methods, key: keyof Methods): Method | undefined {
+function methodOf(object: Methods, key: keyof Methods): Method | undefined {
   const method = object[key];
   if (!method || typeof method === "function") return method;
   throw new TypeError(`Its ${String(key)} is not a function`);
