@@ -48,13 +48,16 @@ async function fetchTwice(hostname: string, port: number, log: Log) {
   ]);
 }
 
-/** Logs what ten lines by hand would not do. */
+/** Logs a second `connect()` in a task, and one that its signal cancels. */
 async function refuseAndCancel(port: number, log: Log) {
-  const lazy = new LazyConnection(async (signal) => {
-    const conn = await Deno.connect({ port, signal });
+  await using lazy = new LazyConnection<Deno.TcpConn>(async (lend, signal) => {
+    using conn = await Deno.connect({ port, signal });
     signal.onabort = () => conn.close();
-    await conn.read(new Uint8Array(1)); // a greeting, which HTTP does not have
-    return conn;
+    const greeting = conn.read(new Uint8Array(1)); // which HTTP does not have
+    await greeting.catch((error) => {
+      throw signal.reason ?? error;
+    });
+    await lend(conn);
   });
   const signal = AbortSignal.timeout(100); // milliseconds
   await Promise.all([
@@ -67,6 +70,34 @@ async function refuseAndCancel(port: number, log: Log) {
   ]);
 }
 
+/** Logs what a transaction for each task does as the tasks end. */
+async function commitAndRollBack(log: Log) {
+  type Client = { query(sql: string): void };
+  const sent: string[] = [];
+  await using lazy = new LazyConnection<Client>(async (lend) => {
+    const client = { query: (sql: string) => void sent.push(sql) };
+    client.query("BEGIN");
+    try {
+      await lend(client);
+    } catch (error) {
+      client.query("ROLLBACK");
+      throw error;
+    }
+    client.query("COMMIT");
+  });
+
+  async function insert(error?: Error) {
+    const client = await lazy.get();
+    client.query("INSERT");
+    if (error) throw error;
+  }
+
+  await lazy.run(insert);
+  log(`a task that succeeds: ${sent.splice(0).join(", ")}`);
+  await lazy.run(insert, new Error("no")).catch(() => {});
+  log(`a task that fails: ${sent.splice(0).join(", ")}`);
+}
+
 /** Runs the demo as the command line says. */
 export async function main(args: string[], log: Log): Promise<void> {
   if (args.length === 0) {
@@ -75,7 +106,8 @@ export async function main(args: string[], log: Log): Promise<void> {
       () => new Response("<h1>Hello from the demo's own server</h1>\n"),
     );
     await fetchTwice(server.addr.hostname, server.addr.port, log);
-    return await refuseAndCancel(server.addr.port, log);
+    await refuseAndCancel(server.addr.port, log);
+    return await commitAndRollBack(log);
   }
   const [hostname, port, ...rest] = args;
   if (!hostname || !port || rest.length > 0) {

@@ -2,101 +2,132 @@
 
 import { AsyncLocalStorage } from "node:async_hooks";
 
-const { AlreadyExists, BadResource, Busy } = Deno.errors;
-const CONNECTED = "the task is already connected or connecting, dispose of " +
-  "that connection first (leave its `using` block) or start another task " +
-  "with run()";
-const DISPOSED = "the LazyConnection has been disposed of";
-const ENDED = "the task has ended, start another one with run()";
-const HELD = "the opener gave what is still another task's connection";
-const NOT_DISPOSABLE = "the opener must give an object whose " +
-  "`Symbol.dispose` or `Symbol.asyncDispose` method can be replaced";
+const { AlreadyExists, BadResource, Busy, NotConnected } = Deno.errors;
+const CONNECTED = "Cannot connect: the task is already connected or " +
+  "connecting, leave that block or start another task with run()";
+const DISPOSED = "Cannot use the LazyConnection: it has been disposed of";
+const ENDED = "Cannot connect: the task has ended, start another with run()";
+const LENT = "Cannot lend: the opener has lent already, retry around run()";
+const LENT_TO_ANOTHER = "Cannot lend: another task has this connection";
+const NO_BLOCK = "Cannot connect: a block cannot dispose of the connection, " +
+  "call get() instead";
+const NO_TASK = "Cannot get a connection: there is no task, call run() first";
+const OVER = "Cannot use the connection: the opener is over, it must " +
+  "`await lend(connection)` until its task is over";
+/** Made once: for each connection, it would take longer than all else here. */
+const LEFT = new BadResource("Cannot lend: the connection was disposed of");
 
 /**
- * Opens a connection: any object with a `Symbol.dispose` or
- * `Symbol.asyncDispose` method.
+ * Opens a connection, lends it to the task that asked for it, and closes it.
  *
- * It is called once for each attempt to connect, inside the task that connects.
- * `signal` aborts when the attempt is cancelled. An opener that ignores it is
- * waited for, and what it then returns is closed.
+ * `await lend(connection)` takes as long as the task has the connection, and
+ * tells how that ended: it resolves if the task succeeded, and rejects with the
+ * task's error if it failed. If the connection or the `LazyConnection` is
+ * disposed of first, it rejects with a `Deno.errors.BadResource`. An opener may
+ * do with that what any function may: use `using` or `try … finally`, commit or
+ * roll back, or hand `lend` on to a function that does. It must not be over
+ * before `lend()` is.
  *
- * An opener must not wait for `get()` in its own task, nor for the disposal of
- * its `LazyConnection`: it would wait for itself.
+ * The opener is called inside the task, once for each attempt to connect, and
+ * lends once. What it rejects with reaches the task.
  *
- * @example TLS
- *
- * Without the handshake, a wrong certificate would only surface at the first
- * write, and waiting for a server that never answers could not be cancelled.
- * `using` closes the socket if `Deno.startTls` fails, and does nothing once
- * `Deno.startTls` has taken the socket over. `caCerts` takes the PEM texts of
- * your own authorities.
- *
- * ```ts
- * import { LazyConnection } from "@cookbook/lazy-connection";
- *
- * const hostname = "example.com";
- * const lazy = new LazyConnection(async (signal) => {
- *   // Deno.connect() would lose a socket that opens just as its signal aborts
- *   const cancel = AbortSignal.any([signal]);
- *   cancel.throwIfAborted = () => {};
- *   using tcp = await Deno.connect({ hostname, port: 443, signal: cancel });
- *   const tls = await Deno.startTls(tcp, { hostname, caCerts: [] });
- *   try {
- *     signal.throwIfAborted();
- *     signal.onabort = () => tls.close();
- *     await tls.handshake();
- *     return tls;
- *   } catch (error) {
- *     tls[Symbol.dispose]();
- *     throw error;
- *   }
- * });
- * ```
+ * An attempt that is cancelled is over at once. An opener that does not heed
+ * `signal` goes on, and its `lend()` rejects with the signal's reason. An opener
+ * must not wait for its own `LazyConnection`: it would wait for itself.
  *
  * @example A Unix socket
  * ```ts
  * import { LazyConnection } from "@cookbook/lazy-connection";
  *
  * const path = "/run/redis/redis-server.sock";
- * const lazy = new LazyConnection(() =>
- *   Deno.connect({ transport: "unix", path })
- * );
+ * const lazy = new LazyConnection<Deno.UnixConn>(async (lend) => {
+ *   using conn = await Deno.connect({ transport: "unix", path });
+ *   await lend(conn);
+ * });
  * ```
  *
- * @example A client without `Symbol.dispose`, such as that of `npm:pg`
+ * @example TLS
+ *
+ * With the handshake in the opener, a wrong certificate rejects the attempt,
+ * and cancelling closes the socket of a server that does not answer.
+ *
+ * ```ts
+ * import { LazyConnection } from "@cookbook/lazy-connection";
+ *
+ * const lazy = new LazyConnection<Deno.TlsConn>(async (lend, signal) => {
+ *   using conn = await Deno.connectTls({ hostname: "example.com", port: 443 });
+ *   signal.onabort = () => conn.close();
+ *   await conn.handshake();
+ *   await lend(conn);
+ * });
+ * ```
+ *
+ * @example A file
+ * ```ts
+ * import { LazyConnection } from "@cookbook/lazy-connection";
+ *
+ * const lazy = new LazyConnection<Deno.FsFile>(async (lend) => {
+ *   using file = await Deno.open("data.csv");
+ *   await lend(file);
+ * });
+ * ```
+ *
+ * @example A client, here that of `npm:pg`
  * ```ts ignore
  * import { LazyConnection } from "@cookbook/lazy-connection";
  * // @ts-types="npm:@types/pg@^8"
  * import pg from "npm:pg@^8";
  *
- * const lazy = new LazyConnection(async () => {
+ * const lazy = new LazyConnection<pg.Client>(async (lend) => {
  *   const client = new pg.Client({ connectionTimeoutMillis: 5_000 });
  *   client.on("error", console.error); // or an error ends the process
- *   await client.connect();
- *   return Object.assign(client, {
- *     [Symbol.asyncDispose]: () => client.end(),
- *   });
+ *   try {
+ *     await client.connect();
+ *     await lend(client);
+ *   } finally {
+ *     await client.end();
+ *   }
  * });
  * ```
  *
+ * @example A transaction, here that of `npm:kysely`
+ * ```ts ignore
+ * import { LazyConnection } from "@cookbook/lazy-connection";
+ * import { Kysely, PostgresDialect, type Transaction } from "npm:kysely@^0.28";
+ * // @ts-types="npm:@types/pg@^8"
+ * import pg from "npm:pg@^8";
+ *
+ * interface Database {
+ *   account: { id: number; balance: number };
+ * }
+ * const pool = new pg.Pool({ max: 5, connectionTimeoutMillis: 5_000 });
+ * const db = new Kysely<Database>({ dialect: new PostgresDialect({ pool }) });
+ * const lazy = new LazyConnection<Transaction<Database>>(
+ *   (lend) => db.transaction().execute(lend),
+ * );
+ * ```
+ *
  * @typeParam C The type of the connection.
+ * @param lend Lends the connection. It never throws; it rejects with a
+ * `Deno.errors.Busy` if the same `LazyConnection` has lent the connection to
+ * another task, and with a `TypeError` if it is called again.
  * @param signal Aborts when the attempt is cancelled, and never once the
- * connection is open.
- * @returns The connection, one that no other task has.
+ * connection is lent.
+ * @returns A promise that settles when the connection is closed.
  */
-export type Opener<C extends Disposable | AsyncDisposable> = (
+export type Opener<C extends object> = (
+  lend: (connection: C) => Promise<void>,
   signal: AbortSignal,
-) => C | PromiseLike<C>;
+) => PromiseLike<void>;
 
 /**
  * One object for many tasks, each of which has a connection of its own.
  *
  * A *task* is a call of `run()`, with everything that it starts; code outside
- * of any `run()` is in the *main task*. A task has at most one connection. It is
- * the task's until it is *disposed of*: by `using`, by `await using`, by a call
- * of `[Symbol.dispose]()` or `[Symbol.asyncDispose]()`, by the end of its task,
- * or by the disposal of the `LazyConnection`. Nothing else counts: `close()`,
- * `end()` and the like are the object's own business.
+ * of any `run()` is in the *main task*. A task has at most one connection at a
+ * time, which an *opener* opens, *lends* to it, and closes. The task has it
+ * until it is *disposed of*: by the end of the task, by leaving the block of a
+ * `connect()`, or by the disposal of the `LazyConnection`.
  *
  * @example Two tasks, two connections
  * ```ts
@@ -107,9 +138,9 @@ export type Opener<C extends Disposable | AsyncDisposable> = (
  * await using lazy = new LazyConnection({ port: server.addr.port });
  *
  * async function localPort() {
- *   await using conn = await lazy.connect(); // this task's own connection
+ *   const conn = await lazy.get(); // this task's own connection
  *   return conn.localAddr.port;
- * } // closed here
+ * }
  *
  * const [a, b] = await Promise.all([lazy.run(localPort), lazy.run(localPort)]);
  * assertNotEquals(a, b);
@@ -117,15 +148,16 @@ export type Opener<C extends Disposable | AsyncDisposable> = (
  *
  * @typeParam C The type of the connection.
  */
-export class LazyConnection<
-  C extends Disposable | AsyncDisposable = Deno.TcpConn,
-> implements AsyncDisposable {
+export class LazyConnection<C extends object = Deno.TcpConn>
+  implements AsyncDisposable {
   readonly #opener: Opener<C>;
   readonly #signal: AbortSignal | undefined;
-  readonly #tasks = new AsyncLocalStorage<Task<C>>();
-  readonly #main = new Task<C>(this.#tasks);
-  /** The tasks that are not free. */
-  readonly #connected = new Set<Task<C>>();
+  readonly #tasks = new AsyncLocalStorage<Task>();
+  readonly #main = new Task();
+  /** The openers that are not over. */
+  readonly #loans = new Set<Loan>();
+  /** The connections that are lent. */
+  readonly #lent = new Set<object>();
   #disposed = false;
 
   /**
@@ -143,12 +175,15 @@ export class LazyConnection<
    * ```ts
    * import { LazyConnection } from "@cookbook/lazy-connection";
    *
-   * const lazy = new LazyConnection(() => Deno.open("data.csv"));
+   * const lazy = new LazyConnection<Deno.FsFile>(async (lend) => {
+   *   using file = await Deno.open("data.csv");
+   *   await lend(file);
+   * });
    * ```
    *
    * @param target What to connect to: the options of `Deno.connect`, or an
    * opener. The `signal` of the options cancels every attempt to connect, but
-   * closes no open connection.
+   * closes no connection.
    */
   constructor(
     target: Opener<C> | (Deno.TcpConn extends C ? Deno.ConnectOptions : never),
@@ -159,21 +194,19 @@ export class LazyConnection<
     }
     const { signal, ...options }: Deno.ConnectOptions = target;
     this.#signal = signal;
-    this.#opener = async (signal) => {
+    this.#opener = async (lend, signal) => {
       // Deno.connect() calls this last. If it threw, a socket that opened just
-      // as the signal aborted would be lost; so #open() gets it, and closes it.
+      // as the signal aborted would be lost; lend() rejects instead.
       signal.throwIfAborted = () => {};
-      const conn = await Deno.connect({ ...options, signal });
-      // An own property even before it is replaced, since to delete one after
-      // closing takes longer than all else that is done to the object
-      const { [Symbol.dispose]: dispose } = conn;
-      conn[Symbol.dispose] = dispose;
-      return conn as Disposable as C; // so says the type of `target`
+      using conn = await Deno.connect({ ...options, signal }).catch((error) => {
+        throw signal.aborted ? signal.reason : error;
+      });
+      await lend(conn as object as C); // so says the type of `target`
     };
   }
 
   /**
-   * The current task's open connection, or `undefined`. It opens nothing: see
+   * The current task's connection, or `undefined`. It opens nothing: see
    * `get()` for that.
    *
    * @example Usage
@@ -181,51 +214,68 @@ export class LazyConnection<
    * import { LazyConnection } from "@cookbook/lazy-connection";
    * import { assertEquals, assertStrictEquals } from "@std/assert";
    *
-   * using server = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-   * await using lazy = new LazyConnection({ port: server.addr.port });
+   * const lazy = new LazyConnection<Date>((lend) => lend(new Date()));
    *
    * await lazy.run(async () => {
    *   assertEquals(lazy.current, undefined);
-   *   await using conn = await lazy.connect();
-   *   assertStrictEquals(lazy.current, conn);
+   *   const date = await lazy.get();
+   *   assertStrictEquals(lazy.current, date);
    * });
    * ```
    *
-   * @returns The connection, or `undefined` if the task has none open.
+   * @returns The connection, or `undefined` if none is lent to the task.
    */
-  get current(): (C & AsyncDisposable) | undefined {
-    const { connection } = this.#task;
-    return connection?.state === "open" ? connection.conn : undefined;
-  }
-
-  get #task(): Task<C> {
-    return this.#tasks.getStore() ?? this.#main;
+  get current(): C | undefined {
+    // Nothing but a C is lent
+    return (this.#tasks.getStore() ?? this.#main).loan?.lent as C | undefined;
   }
 
   /**
    * Calls a function as a task of its own: the counterpart of starting a
    * thread.
    *
-   * When the function's promise settles, the task ends: an attempt to connect
-   * is cancelled and waited for, an open connection is closed inside the task,
-   * and then `run` settles. Whatever outlives the function, such as a stream or
-   * a generator, then loses its connection.
+   * When the function's promise settles, the task ends. `lend()` then settles
+   * in the same way, and `run()` waits for the opener: what the opener rejects
+   * with, such as a refused COMMIT, the task fails with. An attempt to connect
+   * that is still going on is cancelled.
    *
-   * A `run` inside a task starts another task.
+   * Whatever outlives the function, such as a stream or a promise that nobody
+   * awaits, then has no connection.
    *
-   * @example Usage
+   * A `run()` inside a task starts another task, with a connection of its own.
+   *
+   * @example A transaction for each task
    * ```ts
    * import { LazyConnection } from "@cookbook/lazy-connection";
-   * import { assertEquals } from "@std/assert";
+   * import { assertEquals, assertRejects } from "@std/assert";
    *
-   * using server = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-   * await using lazy = new LazyConnection({ port: server.addr.port });
+   * const log: string[] = [];
+   * const lazy = new LazyConnection<{ query(sql: string): void }>(
+   *   async (lend) => {
+   *     const client = { query: (sql: string) => void log.push(sql) };
+   *     client.query("BEGIN");
+   *     try {
+   *       await lend(client);
+   *     } catch (error) {
+   *       client.query("ROLLBACK");
+   *       throw error;
+   *     }
+   *     client.query("COMMIT");
+   *   },
+   * );
    *
-   * const port = await lazy.run(async () => {
-   *   const conn = await lazy.get();
-   *   return conn.remoteAddr.port;
-   * }); // closed here
-   * assertEquals(port, server.addr.port);
+   * await lazy.run(async () => {
+   *   const client = await lazy.get();
+   *   client.query("UPDATE");
+   * });
+   * assertEquals(log.splice(0), ["BEGIN", "UPDATE", "COMMIT"]);
+   *
+   * const failed = lazy.run(async () => {
+   *   await lazy.get();
+   *   throw new Error("no");
+   * });
+   * await assertRejects(() => failed, Error, "no");
+   * assertEquals(log, ["BEGIN", "ROLLBACK"]);
    * ```
    *
    * @typeParam A The types of the arguments.
@@ -234,26 +284,84 @@ export class LazyConnection<
    * @param args The arguments to call it with.
    * @returns The function's result.
    * @throws {Deno.errors.BadResource} If the `LazyConnection` has been disposed
-   * of; the function is then not called.
-   * @throws {SuppressedError} If the function fails and so does closing the
-   * connection: `suppressed` is the function's error, `error` that of closing.
+   * of: before the call, and the function is not called; or later, while the
+   * task had a connection.
+   * @throws {SuppressedError} If the function fails and then the opener fails
+   * with an error that does not carry the function's as its `cause` or its
+   * `suppressed`: `suppressed` is the function's error, `error` the opener's.
    */
   async run<A extends unknown[], R>(
     callback: (...args: A) => R,
     ...args: A
   ): Promise<Awaited<R>> {
-    if (this.#disposed) throw new BadResource(`Cannot run a task: ${DISPOSED}`);
-    await using task = new Task<C>(this.#tasks);
-    return await this.#tasks.run(task, call, callback, args);
+    if (this.#disposed) throw new BadResource(DISPOSED);
+    const task = new Task();
+    const join = () => this.runOrJoin(callback, ...args);
+    try {
+      return await this.#tasks.run(task, join);
+    } finally {
+      await task.end();
+    }
   }
 
   /**
-   * Gets the current task's connection: the open one, else the one that is
-   * being opened, whoever began that, else a new one.
+   * Calls a function as a part of the current task, or as a task of its own
+   * where there is none or it has ended.
+   *
+   * It is for a function that must be a unit of its own, but may be a part of a
+   * larger one. A part that fails fails the whole task, even if the task catches
+   * the part's error: half a unit of work must not be committed.
+   *
+   * @example Usage
+   * ```ts
+   * import { LazyConnection } from "@cookbook/lazy-connection";
+   * import { assertEquals, assertRejects } from "@std/assert";
+   *
+   * let opened = 0;
+   * const lazy = new LazyConnection<{ id: number }>(
+   *   (lend) => lend({ id: ++opened }),
+   * );
+   * const pay = (amount: number) =>
+   *   lazy.runOrJoin(async () => {
+   *     const { id } = await lazy.get();
+   *     if (amount < 0) throw new RangeError("Cannot pay less than nothing");
+   *     return id;
+   *   });
+   *
+   * assertEquals(await pay(5), 1); // a task of its own
+   * assertEquals(await lazy.run(() => Promise.all([pay(2), pay(3)])), [2, 2]);
+   * await assertRejects(() => lazy.run(() => pay(-1).catch(() => 0)), RangeError);
+   * ```
+   *
+   * @typeParam A The types of the arguments.
+   * @typeParam R What the function returns.
+   * @param callback The function to call; it may be synchronous.
+   * @param args The arguments to call it with.
+   * @returns The function's result.
+   * @throws {Deno.errors.BadResource} As `run()`, if it starts a task.
+   * @throws {SuppressedError} As `run()`, if it starts a task.
+   */
+  async runOrJoin<A extends unknown[], R>(
+    callback: (...args: A) => R,
+    ...args: A
+  ): Promise<Awaited<R>> {
+    const task = this.#tasks.getStore();
+    if (!task || task.ended) return await this.run(callback, ...args);
+    try {
+      return await callback(...args);
+    } catch (error) {
+      task.failure = { error };
+      throw error;
+    }
+  }
+
+  /**
+   * Gets the current task's connection: the one that it has, else the one that
+   * is being opened, whoever began that, else a new one.
    *
    * However deep in the call stack it is asked for, and by however many at
-   * once, the task opens one connection. The end of the task closes it; keep
-   * `using` for what you `connect()`.
+   * once, the task opens one connection, and keeps it to its end. While an
+   * earlier one is closing, `get()` waits for that.
    *
    * If the attempt fails or is cancelled, it fails for all who wait for it, and
    * the next call tries again. A time-out belongs in the opener or, for one
@@ -285,43 +393,59 @@ export class LazyConnection<
    * assertEquals(await response.text(), "one connection");
    * ```
    *
-   * @returns The connection, made `AsyncDisposable`.
-   * @throws {Deno.errors.AlreadyExists} If the task's connection is closing, or
-   * in the opener itself.
+   * @returns The connection.
    * @throws {Deno.errors.BadResource} If the task has ended or the
-   * `LazyConnection` has been disposed of.
-   * @throws {Deno.errors.Busy} If the opener returns what is still another
-   * task's connection.
-   * @throws {SuppressedError} If closing a connection that is not handed out
-   * fails: `suppressed` is the reason for closing it, `error` that of closing.
-   * @throws {TypeError} If the opener returns something that cannot be disposed
-   * of, or whose methods cannot be replaced.
+   * `LazyConnection` has been disposed of, before the call or during it.
+   * @throws {Deno.errors.Busy} If the opener lends another task's connection.
+   * @throws {Deno.errors.NotConnected} Outside of `run()`.
+   * @throws {TypeError} If the opener is over without having lent a connection,
+   * or before its task is over.
    */
-  get(): Promise<C & AsyncDisposable> {
-    const task = this.#task;
-    return this.#refusal(task) ?? task.connection?.opened ?? this.connect();
+  get(): Promise<C> {
+    const task = this.#tasks.getStore();
+    if (!task) return Promise.reject(new NotConnected(NO_TASK));
+    return this.#connection(task) as Promise<C>; // nothing but a C is lent
   }
 
   /**
-   * Opens the current task's connection, or rejects if there is one.
+   * Opens a connection for a block, inside or outside of `run()`, or rejects if
+   * the task has one.
    *
-   * The connection is the very object that the opener returned. Until it is
-   * disposed of, its `Symbol.dispose` and `Symbol.asyncDispose` methods are
-   * replaced by ones that also free the task for another `connect()`. The
-   * object has its own methods back when closing starts, and keeps a
-   * `Symbol.asyncDispose` if it had none. A `using` that was declared before
-   * then and ends later does nothing.
+   * Leaving the block of `await using` closes the connection, waits for that,
+   * and gets its errors. Leaving the block of `using` starts closing it, and
+   * what fails in that fails the task. (In the main task, the disposal of the
+   * `LazyConnection` rejects with it.) The task may then connect again, which
+   * waits for the earlier connection to be closed.
+   *
+   * A block does not know how it was left, so leaving it is no success: `lend()`
+   * rejects. A connection that commits is for `get()`.
+   *
+   * The connection is the very object that the opener lends. Its
+   * `Symbol.asyncDispose` and, where there is one, its `Symbol.dispose` are
+   * replaced until it is disposed of, and then put back. To dispose of it a second
+   * time does nothing.
+   *
+   * @example Usage
+   * ```ts
+   * import { LazyConnection } from "@cookbook/lazy-connection";
+   * import { assertEquals } from "@std/assert";
+   *
+   * using server = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+   * const lazy = new LazyConnection({ port: server.addr.port });
+   * {
+   *   await using conn = await lazy.connect();
+   *   assertEquals(conn.remoteAddr.port, server.addr.port);
+   * } // closed here
+   * assertEquals(lazy.current, undefined);
+   * ```
    *
    * @example A time-out, in milliseconds
    * ```ts
    * import { LazyConnection } from "@cookbook/lazy-connection";
    * import { assertEquals, assertRejects } from "@std/assert";
    *
-   * const lazy = new LazyConnection<Deno.TcpConn>((signal) =>
-   *   new Promise((_resolve, reject) => { // never answers
-   *     signal.onabort = () => reject(signal.reason);
-   *   })
-   * );
+   * // An opener that never answers
+   * const lazy = new LazyConnection(() => new Promise(() => {}));
    *
    * const error = await assertRejects(
    *   () => lazy.connect({ signal: AbortSignal.timeout(100) }),
@@ -331,93 +455,85 @@ export class LazyConnection<
    * ```
    *
    * @param options The options of this attempt.
-   * @param options.signal Cancels the attempt, which then rejects with the
-   * signal's `reason`. It has no effect once the connection is open.
+   * @param options.signal Cancels the attempt, which then rejects at once with
+   * the signal's `reason`. It has no effect once the connection is lent.
    * @returns The connection, made `AsyncDisposable`.
-   * @throws {Deno.errors.AlreadyExists} If the task has a connection, be it
-   * opening, open or closing.
+   * @throws {Deno.errors.AlreadyExists} If the task has a connection, or is
+   * opening one.
    * @throws {Deno.errors.BadResource} If the task has ended or the
-   * `LazyConnection` has been disposed of, before the call or while it opens
-   * the connection.
-   * @throws {Deno.errors.Busy} If the opener returns what is still another
-   * task's connection.
-   * @throws {SuppressedError} If closing a connection that is not handed out
-   * fails: `suppressed` is the reason for closing it, `error` that of closing.
-   * @throws {TypeError} If the opener returns something that cannot be disposed
-   * of, or whose methods cannot be replaced.
+   * `LazyConnection` has been disposed of, before the call or during it.
+   * @throws {Deno.errors.Busy} If the opener lends another task's connection.
+   * @throws {TypeError} If the connection cannot be disposed of or does not
+   * take other methods for that, if the opener is over without having lent a
+   * connection or before its task is over, or if `signal` is invalid.
    */
   connect(
+    this: LazyConnection<Disposable | AsyncDisposable>,
     { signal }: { signal?: AbortSignal | undefined } = {},
   ): Promise<C & AsyncDisposable> {
-    const task = this.#task;
-    const refusal = this.#refusal(task);
-    if (refusal) return refusal;
-    if (task.connection) {
-      return Promise.reject(new AlreadyExists(`Cannot connect: ${CONNECTED}`));
+    const task = this.#tasks.getStore() ?? this.#main;
+    if (task.loan && !task.loan.lost) {
+      return Promise.reject(new AlreadyExists(CONNECTED));
     }
-    const connection = new Connection<C>(() => {
-      task.connection = undefined;
-      this.#connected.delete(task);
-    });
-    task.connection = connection;
-    this.#connected.add(task);
-    return connection.opened = this.#open(connection, signal);
+    // Nothing but a C is lent, and to a block an AsyncDisposable
+    return this.#connection(task, true, signal) as Promise<C & AsyncDisposable>;
   }
 
-  #refusal(task: Task<C>): Promise<never> | undefined {
-    if (!this.#disposed && !task.ended) return;
-    const why = this.#disposed ? DISPOSED : ENDED;
-    return Promise.reject(new BadResource(`Cannot connect: ${why}`));
+  #connection(task: Task, forBlock = false, signal = this.#signal) {
+    if (this.#disposed || task.ended) {
+      const error = new BadResource(this.#disposed ? DISPOSED : ENDED);
+      return quiet(Promise.reject(error));
+    }
+    if (task.loan) return task.loan.connection;
+    const loan = task.loan = new Loan(task, this.#lent);
+    this.#loans.add(loan);
+    this.#call(loan, forBlock, signal);
+    return loan.connection;
   }
 
-  async #open(
-    connection: Connection<C>,
-    signal: AbortSignal | undefined,
-  ): Promise<C & AsyncDisposable> {
-    const { attempt } = connection;
-    const given = signal ?? this.#signal;
+  /** Calls the opener, once an earlier one of the same task is over. */
+  async #call(loan: Loan, forBlock: boolean, signal?: AbortSignal) {
     let cancel: AbortSignal | undefined;
-    const abort = () => attempt.abort(cancel?.reason);
+    const abort = () => loan.state === "opening" && loan.stop(cancel?.reason);
     try {
       // Not the given signal itself: an EventTarget searches all its listeners
       // whenever one is added or removed, and many attempts may share a signal.
-      cancel = given && AbortSignal.any([given, this.#signal ?? given]);
+      cancel = signal && AbortSignal.any([signal, this.#signal ?? signal]);
       cancel?.throwIfAborted();
       cancel?.addEventListener("abort", abort);
-      const opened = await this.#opener(attempt.signal);
-      // A pool may give an object on from within its disposal, about to settle
-      if (held.has(opened)) await new Promise((resolve) => setTimeout(resolve));
-      const conn = connection.hold(opened);
-      // Not throwIfAborted(), which may have been replaced above
-      if (attempt.signal.aborted) throw attempt.signal.reason;
-      connection.state = "open";
-      return conn;
+      if (loan.task.closing) await loan.task.closing;
+      if (loan.state === "opening") {
+        const lend = (connection: C) => quiet(loan.lend(connection, forBlock));
+        await this.#opener(lend, loan.attempt.signal);
+      }
+      loan.finish();
     } catch (error) {
-      await using _connection = connection; // closes what is not handed out
-      throw attempt.signal.aborted ? attempt.signal.reason : error;
-    } finally {
-      cancel?.removeEventListener("abort", abort);
+      loan.finish({ error });
     }
+    cancel?.removeEventListener("abort", abort);
+    this.#loans.delete(loan);
   }
 
   /**
-   * Closes every task's connection, cancels every attempt to connect, and
-   * refuses whatever comes later. It waits for that, but not for tasks to end;
-   * an opener or a connection's own disposal must not wait for it in turn.
+   * Has every connection closed, cancels every attempt to connect, and refuses
+   * whatever comes later. It waits for all openers, but not for tasks to end.
+   *
+   * A task that had a connection fails with a `Deno.errors.BadResource`, even if
+   * its function succeeds: what was not committed is no success.
    *
    * @example Usage
    * ```ts
    * import { LazyConnection } from "@cookbook/lazy-connection";
-   * import { assertEquals, assertRejects } from "@std/assert";
+   * import { assertRejects } from "@std/assert";
    *
-   * using server = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-   * const lazy = new LazyConnection({ port: server.addr.port });
-   * {
-   *   await using _lazy = lazy;
+   * const lazy = new LazyConnection<Date>((lend) => lend(new Date()));
+   *
+   * const task = lazy.run(async () => {
    *   await lazy.get();
-   * } // closed here
-   * assertEquals(lazy.current, undefined);
-   * await assertRejects(() => lazy.get(), Deno.errors.BadResource);
+   *   await lazy[Symbol.asyncDispose]();
+   * });
+   * await assertRejects(() => task, Deno.errors.BadResource);
+   * await assertRejects(() => lazy.run(() => {}), Deno.errors.BadResource);
    * ```
    *
    * @returns A promise that resolves once nothing is open.
@@ -426,167 +542,219 @@ export class LazyConnection<
    */
   async [Symbol.asyncDispose](): Promise<void> {
     this.#disposed = true;
-    await using ends = new AsyncDisposableStack();
-    for (const task of this.#connected) {
-      const end = task.disconnect(DISPOSED);
-      end.catch(() => {}); // reported by the stack, which gets to it later
-      ends.defer(() => end);
-    }
+    const error = new BadResource(DISPOSED);
+    const failures = Array.from(this.#loans, (loan) => {
+      if (loan.state === "lent") loan.task.failure ??= { error };
+      return loan.stop(error);
+    });
+    await this.#main.closing;
+    let failure = add(this.#main.unheard, this.#main.loan?.lost);
+    for (const other of failures) failure = add(failure, await other);
+    if (failure) throw failure.error;
   }
 }
 
-/** Calls a function and, in the same context, a thenable that it returns. */
-function call<A extends unknown[], R>(
-  callback: (...args: A) => R,
-  args: A,
-): Promise<Awaited<R>> {
-  return Promise.resolve(callback(...args));
+/**
+ * Wraps `lend()` so that what it lends is of no use once the task is over.
+ *
+ * A branch of a task may outlive it, such as a promise that nobody awaits. With
+ * many clients, it could then write into the next task's transaction, on the
+ * same connection of a pool. What `revocable(lend)` lends is a `Proxy` of the
+ * connection, which is revoked when `lend()` settles: whatever uses it later
+ * gets a `TypeError`.
+ *
+ * An object of a class with private fields, such as `Deno.TcpConn`, does not
+ * work through a `Proxy`.
+ *
+ * @example Usage
+ * ```ts
+ * import { LazyConnection, revocable } from "@cookbook/lazy-connection";
+ * import { assertThrows } from "@std/assert";
+ *
+ * const lazy = new LazyConnection<{ query(sql: string): void }>(
+ *   (lend) => revocable(lend)({ query() {} }),
+ * );
+ * let leftover: { query(sql: string): void } | undefined;
+ * await lazy.run(async () => {
+ *   leftover = await lazy.get();
+ *   leftover.query("SELECT 1");
+ * });
+ * assertThrows(() => leftover?.query("SELECT 2"), TypeError);
+ * ```
+ *
+ * @typeParam C The type of the connection.
+ * @param lend What an opener lends by.
+ * @returns A function to lend by in its place.
+ */
+export function revocable<C extends object>(
+  lend: (connection: C) => Promise<void>,
+): (connection: C) => Promise<void> {
+  return async (connection) => {
+    const { proxy, revoke } = Proxy.revocable(connection, {});
+    await lend(proxy).finally(revoke);
+  };
 }
 
 /** A call of `run()`, or all that is outside of any. */
-class Task<C extends Disposable | AsyncDisposable> implements AsyncDisposable {
-  connection: Connection<C> | undefined;
+class Task {
   ended = false;
-  readonly #tasks: AsyncLocalStorage<Task<C>>;
+  /** Why it fails, even if its function succeeds. */
+  failure: Failure;
+  /** What its connections failed with in closing, where nobody was told. */
+  unheard: Failure;
+  /** Its connection, from the call of the opener until it is disposed of. */
+  loan: Loan | undefined;
+  /** Resolves when the connection that was disposed of last is closed. */
+  closing: Promise<unknown> | undefined;
 
-  constructor(tasks: AsyncLocalStorage<Task<C>>) {
-    this.#tasks = tasks;
-  }
-
-  async [Symbol.asyncDispose](): Promise<void> {
+  /** Ends it, and throws what it fails with. */
+  async end(): Promise<void> {
     this.ended = true;
-    await this.disconnect(ENDED);
-  }
-
-  /** Ends its connection, inside the task, and waits for that. */
-  async disconnect(why: string): Promise<void> {
-    const { connection } = this;
-    if (connection) await this.#tasks.run(this, () => connection.end(why));
+    const { loan, failure = this.unheard } = this;
+    if (loan?.state === "opening") loan.stop(new BadResource(ENDED));
+    else if (loan) this.unheard = add(this.unheard, await loan.end(failure));
+    await this.closing;
+    const all = add(failure, this.unheard);
+    if (all) throw all.error;
   }
 }
 
-/** The objects that are some task's connection, of any LazyConnection. */
-const held = new WeakSet<WeakKey>();
-
-/** A task's connection, from the call of `connect()` until the task is free. */
-class Connection<C extends Disposable | AsyncDisposable>
-  implements AsyncDisposable {
-  state: "opening" | "open" | "closing" = "opening";
+/** A call of the opener, until the opener is over. */
+class Loan {
+  state: "opening" | "cancelled" | "lent" | "closing" = "opening";
   readonly attempt = new AbortController();
-  /** What `connect()` and `get()` return, until closing starts. */
-  opened: Promise<C & AsyncDisposable> | undefined;
-  /** What the opener returned. */
-  conn: (C & AsyncDisposable) | undefined;
-  #ownDisposal: Method | undefined;
-  readonly #putBack: (() => void)[] = [];
-  readonly #free: () => void;
-  #freed: PromiseWithResolvers<void> | undefined;
+  readonly #opened = Promise.withResolvers<object>();
+  /** What `connect()` and `get()` return. */
+  connection = this.#opened.promise;
+  /** The connection, while it is lent. */
+  lent: object | undefined;
+  /** What the opener failed with while the connection was lent. */
+  lost: Failure;
+  readonly #returned = Promise.withResolvers<void>();
+  readonly #over = Promise.withResolvers<Failure>();
+  #putBack = () => {};
 
-  constructor(free: () => void) {
-    this.#free = free;
-  }
+  constructor(readonly task: Task, readonly all: Set<object>) {}
 
-  /** Replaces the object's own methods, both or none, until closing starts. */
-  hold(conn: C): C & AsyncDisposable {
-    if (held.has(conn)) throw new Busy(`Cannot connect: ${HELD}`);
-    try {
-      held.add(conn);
-      this.conn = conn as C & AsyncDisposable; // once it is made one, below
-      const object: Methods = conn;
-      let dispose: Method | undefined;
-      try {
-        dispose = this.#ownDisposal = methodOf(object, Symbol.dispose);
-      } finally { // even if that getter throws, the other method may close it
-        this.#ownDisposal = methodOf(object, Symbol.asyncDispose) ?? dispose;
-      }
-      if (!this.#ownDisposal) throw new TypeError("It has neither method");
-      if (dispose) {
-        this.#replace(object, Symbol.dispose, () => {
-          if (!this.#startClosing()) return;
-          try {
-            dispose.call(conn);
-          } finally {
-            this.#finishClosing();
-          }
-        });
-      }
-      object[Symbol.asyncDispose] ??= disposeAsync;
-      const close = () => this[Symbol.asyncDispose]();
-      this.#replace(object, Symbol.asyncDispose, close);
-      return this.conn;
-    } catch (cause) {
-      throw new TypeError(`Cannot connect: ${NOT_DISPOSABLE}`, { cause });
+  async lend(connection: object, forBlock: boolean): Promise<void> {
+    const { task: { failure }, all, state } = this;
+    if (state !== "opening") {
+      await this.connection; // rejects, if nothing was lent
+      throw new TypeError(LENT, failure && { cause: failure.error });
     }
+    if (all.has(connection)) throw new Busy(LENT_TO_ANOTHER);
+    if (forBlock) this.#replaceDisposal(connection);
+    this.state = "lent";
+    this.lent = connection;
+    all.add(connection);
+    this.#opened.resolve(connection);
+    await this.#returned.promise;
   }
 
-  #replace(object: Methods, key: keyof Methods, method: Method): void {
-    const own = Object.hasOwn(object, key);
-    const was = object[key];
-    object[key] = method;
-    this.#putBack.push(() => {
-      // A deletion makes an object slower, but it has no key that it had not
-      if (!own) delete object[key];
-      if (object[key] !== was) object[key] = was;
+  /** Replaces the methods by which a block disposes of the connection. */
+  #replaceDisposal(connection: Partial<Disposable & AsyncDisposable>): void {
+    const { [Symbol.dispose]: dispose, [Symbol.asyncDispose]: asyncDispose } =
+      connection;
+    const set = (sync: unknown, async: unknown) =>
+      Reflect.set(connection, Symbol.asyncDispose, async) &&
+      (!dispose || Reflect.set(connection, Symbol.dispose, sync));
+    this.#putBack = () => set(dispose, asyncDispose);
+    const { task } = this;
+    const replaced = (dispose || asyncDispose) && set(() => {
+      const { lost } = this;
+      if (task.loan !== this) return;
+      const end = this.stop(LEFT);
+      if (lost) throw lost.error;
+      task.closing = end.then((failure) => {
+        task.unheard = add(task.unheard, failure);
+      });
+    }, async () => {
+      const failure = task.loan === this && await this.stop(LEFT);
+      if (failure) throw failure.error;
     });
-    if (object[key] !== method) throw new TypeError("Its setter has no effect");
+    if (!replaced) throw new TypeError(NO_BLOCK);
   }
 
-  /** Closes it or cancels the attempt, and waits until the task is free. */
-  async end(why: string): Promise<void> {
-    if (this.state === "open") return await this[Symbol.asyncDispose]();
+  /**
+   * Ends it before its task does. Resolves to what the opener fails with, but
+   * for the reason, unless somebody else is told.
+   */
+  async stop(reason: unknown): Promise<Failure> {
+    const { state, lost, attempt: { signal } } = this;
+    const failure = await this.end({ error: reason });
+    if (!failure || state === "closing" && !lost) return;
+    return without(failure.error, signal.aborted ? signal.reason : reason);
+  }
+
+  /** Ends it, and resolves to what the opener fails with. */
+  end(failure: Failure): Promise<Failure> {
+    if (this.task.loan === this) this.task.loan = undefined;
     if (this.state === "opening") {
-      this.attempt.abort(new BadResource(`Cannot connect: ${why}`));
+      this.state = "cancelled";
+      this.#opened.reject(failure?.error);
+      quiet(this.connection);
+      this.attempt.abort(failure?.error);
+    } else if (this.lent) {
+      this.state = "closing";
+      this.all.delete(this.lent);
+      this.lent = undefined;
+      this.#putBack();
+      this.task.closing = this.#over.promise;
+      if (failure) this.#returned.reject(failure.error);
+      else this.#returned.resolve();
     }
-    this.#freed ??= Promise.withResolvers();
-    await this.#freed.promise;
+    return this.#over.promise;
   }
 
-  /** Closes what the opener returned, if anything, and frees the task. */
-  async [Symbol.asyncDispose](): Promise<void> {
-    if (!this.#startClosing()) return;
-    try {
-      if (this.#ownDisposal) await this.#ownDisposal.call(this.conn);
-    } finally {
-      this.#finishClosing();
+  /** The opener is over. */
+  finish(failure?: Failure): void {
+    const { task, state } = this;
+    if (state === "opening") {
+      failure ??= { error: new TypeError(OVER) };
+      this.state = "closing";
+      task.loan = undefined;
+      this.#opened.reject(failure.error);
+    } else if (state === "lent") {
+      this.lost = failure ??= { error: new TypeError(OVER) };
+      this.end(failure);
+      task.loan = this; // until it is disposed of
+      this.connection = quiet(Promise.reject(failure.error));
     }
-  }
-
-  /** Gives the object its own methods back, the first time only. */
-  #startClosing(): boolean {
-    if (this.state === "closing") return false;
-    this.state = "closing";
-    this.opened = undefined;
-    for (const putBack of this.#putBack) {
-      try {
-        putBack();
-      } catch {
-        // An object that has been frozen since is closed as it is
-      }
-    }
-    return true;
-  }
-
-  #finishClosing(): void {
-    if (this.conn) held.delete(this.conn);
-    this.#free();
-    this.#freed?.resolve();
+    this.#over.resolve(failure);
   }
 }
 
-/** The methods that dispose of an object. */
-interface Methods {
-  [Symbol.dispose]?: Method | undefined;
-  [Symbol.asyncDispose]?: Method | undefined;
-}
-type Method = () => unknown;
+/** What was thrown, be it `undefined`. */
+type Failure = { readonly error: unknown } | undefined;
 
-function methodOf(object: Methods, key: keyof Methods): Method | undefined {
-  const method = object[key];
-  if (!method || typeof method === "function") return method;
-  throw new TypeError(`Its ${String(key)} is not a function`);
+/** Adds what failed later, as `await using` does, unless one carries the other. */
+function add(first: Failure, then: Failure): Failure {
+  if (!first || !then) return first ?? then;
+  if (carries(then.error, first.error)) return then;
+  if (carries(first.error, then.error)) return first;
+  return { error: new SuppressedError(then.error, first.error) };
 }
 
-/** What `await using` does where there is no more than `Symbol.dispose`. */
-async function disposeAsync(this: Methods): Promise<void> {
-  await this[Symbol.dispose]?.();
+/** Whether an error is another one, or has it as its `cause` or `suppressed`. */
+function carries(error: unknown, other: unknown): boolean {
+  const errors = new Set([error]);
+  for (const error of errors) { // those too that are added meanwhile
+    if (!(error instanceof Error)) continue;
+    if ("cause" in error) errors.add(error.cause);
+    if ("suppressed" in error) errors.add(error.suppressed);
+  }
+  return errors.has(other);
+}
+
+/** What is left of an error without a reason that it carries. */
+function without(error: unknown, reason: unknown): Failure {
+  if (!carries(error, reason)) return { error };
+  if (!(error instanceof SuppressedError)) return;
+  return add(without(error.suppressed, reason), without(error.error, reason));
+}
+
+/** Lets a promise reject although nobody may await it. */
+function quiet<T>(promise: Promise<T>): Promise<T> {
+  promise.catch(() => {});
+  return promise;
 }

@@ -5,94 +5,66 @@ import {
   assert,
   assertEquals,
   assertInstanceOf,
+  assertMatch,
   assertNotEquals,
+  assertNotStrictEquals,
   assertRejects,
   assertStrictEquals,
   assertThrows,
 } from "@std/assert";
 import { delay } from "@std/async/delay";
 import { main } from "./demo.ts";
-import { LazyConnection, type Opener } from "./mod.ts";
+import { LazyConnection, type Opener, revocable } from "./mod.ts";
 
-const { AlreadyExists, BadResource, Busy } = Deno.errors;
-const CONNECTED =
-  "Cannot connect: the task is already connected or connecting, dispose of " +
-  "that connection first (leave its `using` block) or start another task " +
-  "with run()";
-const DISPOSED = "Cannot connect: the LazyConnection has been disposed of";
-const ENDED =
-  "Cannot connect: the task has ended, start another one with run()";
-const HELD =
-  "Cannot connect: the opener gave what is still another task's connection";
-const NOT_DISPOSABLE = "Cannot connect: the opener must give an object whose " +
-  "`Symbol.dispose` or `Symbol.asyncDispose` method can be replaced";
-const loopback = { hostname: "127.0.0.1", port: 0 };
-const net = Deno.permissions.querySync({ name: "net", host: "127.0.0.1" });
+const { AlreadyExists, BadResource, Busy, NotConnected } = Deno.errors;
+const DISPOSED = "Cannot use the LazyConnection: it has been disposed of";
+const ENDED = "Cannot connect: the task has ended, start another with run()";
+const OVER = "Cannot use the connection: the opener is over, it must " +
+  "`await lend(connection)` until its task is over";
 
-// Helpers
-
-type Test = (t: Deno.TestContext) => void | Promise<void>;
-
-function test(name: string, fn: Test, ignore = false) {
-  Deno.test({ name, fn, ignore, sanitizeOps: true, sanitizeResources: true });
+/** A test that leaves nothing open; Deno.test() fails on unhandled rejections. */
+function test(name: string, fn: (t: Deno.TestContext) => Promise<void>) {
+  Deno.test({ name, fn, sanitizeOps: true, sanitizeResources: true });
 }
 
-function netTest(name: string, fn: Test) {
-  test(name, fn, net.state !== "granted");
+/** A connection that knows what became of it. */
+class Fake implements Disposable {
+  outcome: unknown = "open";
+  [Symbol.dispose]() {}
 }
 
-/** A connection with both methods, which logs the calls of each. */
-class Fake implements Disposable, AsyncDisposable {
-  calls: string[] = [];
-  [Symbol.dispose]() {
-    this.calls.push("dispose");
-  }
-  [Symbol.asyncDispose]() {
-    this.calls.push("asyncDispose");
-    return Promise.resolve();
+/** Lends a `Fake`, which learns how `lend()` ended, and passes that on. */
+async function opener(lend: (fake: Fake) => Promise<void>): Promise<void> {
+  const fake = new Fake();
+  try {
+    await lend(fake);
+    fake.outcome = "committed";
+  } catch (error) {
+    fake.outcome = error;
+    throw error;
   }
 }
 
-/** A connection that closes when the test says so. */
-class Slow implements AsyncDisposable {
-  readonly closing = Promise.withResolvers<void>();
-  closings = 0;
-  [Symbol.asyncDispose]() {
-    this.closings++;
-    return this.closing.promise;
-  }
-}
-
-/** A connection that fails to close. */
-class Stuck implements AsyncDisposable {
-  readonly error = new Error("stuck");
-  [Symbol.asyncDispose]() {
-    return Promise.reject(this.error);
-  }
-}
-
-/** An opener that answers when the test does. */
-class Control<C extends Disposable | AsyncDisposable = Fake> {
-  readonly lazy: LazyConnection<C> = new LazyConnection((signal) => {
-    this.calls++;
-    this.signal = signal;
-    this.answer = Promise.withResolvers();
-    return this.answer.promise;
+/** A `LazyConnection` whose opener does what the test says, call by call. */
+function driven<C extends object = Fake>() {
+  type Call = PromiseWithResolvers<void> & {
+    lend: (connection: C) => Promise<void>;
+    signal: AbortSignal;
+  };
+  const calls: Call[] = [];
+  const lazy = new LazyConnection<C>((lend, signal) => {
+    calls.push({ lend, signal, ...Promise.withResolvers<void>() });
+    return calls.at(-1)!.promise;
   });
-  calls = 0;
-  /** Of the last call, as is the answer. */
-  signal = AbortSignal.any([]);
-  answer = Promise.withResolvers<C>();
+  return { lazy, calls };
 }
 
-/** Rejects once the signal aborts, and only then. */
-function never(signal: AbortSignal): Promise<never> {
-  return new Promise((_, reject) => {
-    signal.addEventListener("abort", () => reject(signal.reason));
-  });
+/** Lets all promises settle that can: no chain of ours is that long. */
+async function settled(ticks = 50): Promise<void> {
+  for (let i = 0; i < ticks; i++) await null;
 }
 
-/** Whether the promise is pending once all others have settled that can. */
+/** Whether a promise is pending once all others have settled that can. */
 async function isPending(promise: Promise<unknown>): Promise<boolean> {
   let pending = true;
   const settle = () => pending = false;
@@ -101,56 +73,35 @@ async function isPending(promise: Promise<unknown>): Promise<boolean> {
   return pending;
 }
 
-/**
- * Lets all promises settle that can: no chain of ours is longer than twenty
- * microtasks, which a test of every delay up to there shows.
- */
-async function settled(ticks = 50): Promise<void> {
-  for (let i = 0; i < ticks; i++) await null;
+/** What a promise rejects with, be it no error. */
+async function reasonOf(promise: Promise<unknown>): Promise<unknown> {
+  return await assertRejects(() => promise);
 }
 
-/** Opens and closes a connection in the current task, to show that it is free. */
-async function assertFree(lazy: LazyConnection<Disposable>): Promise<void> {
+// new LazyConnection()
+
+test("LazyConnection constructor opens nothing", async () => {
+  const { lazy, calls } = driven();
   assertEquals(lazy.current, undefined);
-  using conn = await lazy.connect();
-  assertStrictEquals(lazy.current, conn);
-}
-
-/** Has `Deno.connect` replaced until the end of the block. */
-function stubConnect(
-  connect: (options: Deno.ConnectOptions) => Promise<Deno.TcpConn>,
-): Disposable {
-  const original = Deno.connect;
-  // It has overloads that no arrow function has
-  Deno.connect = connect as typeof Deno.connect;
-  return { [Symbol.dispose]: () => Deno.connect = original };
-}
-
-// The constructor
-
-test("LazyConnection constructor opens nothing", () => {
-  const control = new Control();
-  assertEquals(control.calls, 0);
-  assertEquals(control.lazy.current, undefined);
-  assertEquals(new LazyConnection({ port: 1 }).current, undefined);
+  await lazy.run(() => {});
+  assertEquals(calls, []);
 });
 
-test("LazyConnection constructor infers the connection from its target", () => {
-  const fromOptions: LazyConnection<Deno.TcpConn> = new LazyConnection(
-    loopback,
-  );
-  const fromOpener: LazyConnection<Deno.FsFile> = new LazyConnection(() =>
-    Deno.open("never")
-  );
-  const fromSync: LazyConnection<Fake> = new LazyConnection(() => new Fake());
-  const like: PromiseLike<Fake> = Promise.resolve(new Fake());
-  const fromLike: LazyConnection<Fake> = new LazyConnection(() => like);
+test("LazyConnection constructor takes an opener that lends, or options for a TcpConn", async () => {
+  const lazy: LazyConnection<Deno.TcpConn> = new LazyConnection({ port: 1 });
+  const wider: LazyConnection<Disposable> = lazy;
+  const things = new LazyConnection<{ thing: 1 }>((lend) => lend({ thing: 1 }));
+  const openers: Opener<Disposable>[] = [opener, (lend) => lend(new Fake())];
   // @ts-expect-error options give a TcpConn
-  const wrong = new LazyConnection<Deno.TlsConn>(loopback);
-  // @ts-expect-error an opener gives what can be disposed of
-  const worse = new LazyConnection(() => Promise.resolve("text"));
-  const all = [fromOptions, fromOpener, fromSync, fromLike, wrong, worse];
-  for (const lazy of all) assertEquals(lazy.current, undefined);
+  new LazyConnection<Deno.TlsConn>({ port: 1 });
+  // @ts-expect-error an opener lends, it returns nothing
+  new LazyConnection<Fake>(() => Promise.resolve(new Fake()));
+  // @ts-expect-error an opener lends what the LazyConnection is for
+  new LazyConnection<Fake>((lend) => lend(new Date()));
+  // @ts-expect-error a block can't dispose of it
+  const refused = things.connect();
+  await assertRejects(() => refused, TypeError, "call get() instead");
+  assertEquals([wider.current, openers.length], [undefined, 2]);
 });
 
 test("LazyConnection constructor copies its options", async () => {
@@ -166,10 +117,10 @@ test("LazyConnection constructor copies its options", async () => {
   assertEquals(ports, [1]);
 });
 
-// Tasks
+// run(): what a task is
 
 test("LazyConnection.run() resolves to the result of the function", async () => {
-  const lazy = new LazyConnection(() => new Fake());
+  const lazy = new LazyConnection<Fake>(opener);
   const sync: number = await lazy.run((a: number, b: number) => a + b, 1, 2);
   const async: string = await lazy.run((a: string) => Promise.resolve(a), "a");
   const either: number | string = await lazy.run(() =>
@@ -179,1134 +130,868 @@ test("LazyConnection.run() resolves to the result of the function", async () => 
 });
 
 test("LazyConnection.run() runs a lazy thenable inside the task", async () => {
-  const lazy = new LazyConnection(() => new Fake());
+  const lazy = new LazyConnection<Fake>(opener);
   const query: PromiseLike<Fake> = {
     then: (...args) => lazy.get().then(...args),
   };
-  const conn = await lazy.run(() => query);
-  assertEquals(conn.calls, ["asyncDispose"]);
-  assertEquals(lazy.current, undefined);
-});
-
-test("LazyConnection.run() rejects with the error of the function", async () => {
-  const lazy = new LazyConnection(() => new Fake());
-  const error = new Error("task");
-  const thrown = lazy.run(() => {
-    throw error;
-  });
-  assertStrictEquals(await assertRejects(() => thrown), error);
-  const rejected = lazy.run(() => Promise.reject(error));
-  assertStrictEquals(await assertRejects(() => rejected), error);
+  for (const run of [lazy.run, lazy.runOrJoin]) {
+    const fake = await run.call(lazy, () => query);
+    assertEquals((fake as Fake).outcome, "committed");
+  }
 });
 
 test("LazyConnection.run() gives each task a connection of its own", async () => {
-  const lazy = new LazyConnection(() => new Fake());
-  const main = await lazy.connect();
+  const lazy = new LazyConnection<Fake>(opener);
   const task = async () => {
     assertEquals(lazy.current, undefined);
-    const conn = await lazy.connect();
+    const fake = await lazy.get();
     await delay(1);
-    assertStrictEquals(lazy.current, conn);
-    return conn;
+    assertStrictEquals(lazy.current, fake);
+    return fake;
   };
-  const [a, b] = await Promise.all([lazy.run(task), lazy.run(task)]);
-  assertEquals(new Set([main, a, b]).size, 3);
-  assertStrictEquals(lazy.current, main);
-  assertEquals(main.calls, []);
-});
-
-test("LazyConnection.run() starts another task inside a task", async () => {
-  const lazy = new LazyConnection(() => new Fake());
-  await lazy.run(async () => {
-    const outer = await lazy.connect();
-    const inner = await lazy.run(async () => {
-      assertEquals(lazy.current, undefined);
-      return await lazy.connect();
-    });
-    assertEquals(inner.calls, ["asyncDispose"]);
+  await using main = await lazy.connect();
+  const fakes = await lazy.run(async () => {
+    const outer = await task();
+    const inner = await Promise.all([lazy.run(task), lazy.run(task)]);
+    assertEquals(inner.map((fake) => fake.outcome), ["committed", "committed"]);
     assertStrictEquals(lazy.current, outer);
-    assertEquals(outer.calls, []);
+    assertEquals(outer.outcome, "open");
+    return [main, outer, ...inner];
   });
+  assertEquals(new Set(fakes).size, 4);
+  assertStrictEquals(lazy.current, main);
 });
 
 test("LazyConnection.run() is one task with what it starts", async () => {
-  const lazy = new LazyConnection(() => new Fake());
+  const lazy = new LazyConnection<Fake>(opener);
+  const target = new EventTarget();
   await lazy.run(async () => {
-    const conn = await lazy.connect();
+    const fake = await lazy.get();
     const seen = await Promise.all([
       delay(1).then(() => lazy.current),
       new Promise((resolve) => setTimeout(() => resolve(lazy.current), 1)),
       new Promise((resolve) => queueMicrotask(() => resolve(lazy.current))),
       (async () => await lazy.current)(),
     ]);
-    for (const current of seen) assertStrictEquals(current, conn);
-  });
-});
-
-test("LazyConnection.run() is not the task of a listener that another dispatches to", async () => {
-  const lazy = new LazyConnection(() => new Fake());
-  const target = new EventTarget();
-  const seen: unknown[] = [];
-  await lazy.run(async () => {
-    await lazy.connect();
+    for (const current of seen) assertStrictEquals(current, fake);
     target.addEventListener("a", () => seen.push(lazy.current));
+    // A listener runs in the task that dispatches to it
+    await lazy.run(() => target.dispatchEvent(new Event("a")));
+    assertEquals(seen.at(-1), undefined);
   });
-  target.dispatchEvent(new Event("a"));
-  const conn = await lazy.run(async () => {
-    const conn = await lazy.connect();
-    target.dispatchEvent(new Event("a"));
-    return conn;
-  });
-  assertEquals(seen.length, 2);
-  assertStrictEquals(seen[0], undefined);
-  assertStrictEquals(seen[1], conn);
-});
-
-test("LazyConnection.run() closes an open connection, then settles", async () => {
-  const slow = new Slow();
-  const lazy = new LazyConnection(() => slow);
-  const run = lazy.run(async () => {
-    await lazy.connect();
-    return "done";
-  });
-  assert(await isPending(run));
-  assertEquals(slow.closings, 1);
-  slow.closing.resolve();
-  assertEquals(await run, "done");
-});
-
-test("LazyConnection.run() waits for a connection that is closing", async () => {
-  const slow = new Slow();
-  const lazy = new LazyConnection(() => slow);
-  const run = lazy.run(async () => {
-    const conn = await lazy.connect();
-    conn[Symbol.asyncDispose]();
-  });
-  assert(await isPending(run));
-  slow.closing.resolve();
-  await run;
-  assertEquals(slow.closings, 1);
-});
-
-test("LazyConnection.run() closes inside the task", async () => {
-  const seen: unknown[] = [];
-  const lazy: LazyConnection<AsyncDisposable> = new LazyConnection(() => ({
-    async [Symbol.asyncDispose]() {
-      seen.push(lazy.current);
-      await assertRejects(() => lazy.connect(), BadResource, ENDED);
-      await assertRejects(() => lazy.get(), BadResource, ENDED);
-    },
-  }));
-  const main = await lazy.connect();
-  await lazy.run(() => lazy.connect());
-  assertEquals(seen, [undefined]);
-  assertStrictEquals(lazy.current, main);
-});
-
-test("LazyConnection.run() cancels an attempt to connect, and waits for it", async () => {
-  const control = new Control<Slow>();
-  const { lazy } = control;
-  let connect: Promise<unknown> | undefined;
-  const run = lazy.run(() => {
-    connect = assertRejects(() => lazy.connect(), BadResource, ENDED);
-  });
-  assert(await isPending(run));
-  const { signal } = control;
-  assertInstanceOf(signal.reason, BadResource);
-
-  const late = new Slow();
-  control.answer.resolve(late);
-  assert(await isPending(run));
-  assertEquals(late.closings, 1);
-  late.closing.resolve();
-  await run;
-  assertStrictEquals(await connect, signal.reason);
-});
-
-test("LazyConnection.run() keeps the error of the function if closing fails too", async () => {
-  const stuck = new Stuck();
-  const lazy = new LazyConnection(() => stuck);
-  const error = new Error("task");
-  const both = await assertRejects(
-    () =>
-      lazy.run(async () => {
-        await lazy.connect();
-        throw error;
-      }),
-    SuppressedError,
-  );
-  assertStrictEquals(both.suppressed, error);
-  assertStrictEquals(both.error, stuck.error);
-});
-
-test("LazyConnection.run() rejects if closing fails", async () => {
-  const stuck = new Stuck();
-  const lazy = new LazyConnection(() => stuck);
-  const run = lazy.run(async () => void await lazy.connect());
-  assertStrictEquals(await assertRejects(() => run), stuck.error);
 });
 
 test("LazyConnection.run() leaves nothing to what outlives it", async () => {
-  const control = new Control();
-  const { lazy } = control;
+  const { lazy, calls } = driven();
   const leftover = await lazy.run(() => AsyncLocalStorage.snapshot());
-  for (const key of ["connect", "get"] as const) {
-    await assertRejects(() => leftover(() => lazy[key]()), BadResource, ENDED);
-  }
+  await assertRejects(() => leftover(() => lazy.get()), BadResource, ENDED);
+  await assertRejects(() => leftover(() => lazy.connect()), BadResource, ENDED);
+  leftover(() => lazy.get()); // nobody awaits it, and the process goes on
   assertEquals(leftover(() => lazy.current), undefined);
-  assertEquals(control.calls, 0);
   assertEquals(await leftover(() => lazy.run(() => 1)), 1);
+  assertEquals(calls, []);
 });
 
-// connect()
+// run(): how a task ends
 
-test("LazyConnection.connect() works in the main task", async () => {
-  const fake = new Fake();
-  const lazy = new LazyConnection(() => fake);
-  {
-    await using conn = await lazy.connect();
-    assertStrictEquals(conn, fake);
-    assertStrictEquals(lazy.current, fake);
-  }
-  assertEquals(lazy.current, undefined);
-});
-
-test("LazyConnection.connect() rejects when already connected or connecting", async () => {
-  const control = new Control<Slow>();
-  const { lazy } = control;
-  const refused = () =>
-    assertRejects(() => lazy.connect(), AlreadyExists, CONNECTED);
-  const connect = lazy.connect();
-  await refused(); // opening
-
-  const slow = new Slow();
-  control.answer.resolve(slow);
-  const conn = await connect;
-  await refused(); // open
-  assertStrictEquals(lazy.current, slow);
-
-  const closing = conn[Symbol.asyncDispose]();
-  assertEquals(lazy.current, undefined);
-  await refused(); // closing
-  slow.closing.resolve();
-  await closing;
-
-  assertEquals(control.calls, 1);
-  lazy.connect();
-  assertEquals(control.calls, 2);
-});
-
-test("LazyConnection.connect() rejects in its opener and its disposal, run() does not", async () => {
-  const errors: unknown[] = [];
-  const inner = new Fake();
-  const refused = async () => {
-    assertEquals(lazy.current, undefined);
-    errors.push(await assertRejects(() => lazy.get()));
-    errors.push(await assertRejects(() => lazy.connect()));
-  };
-  let calls = 0;
-  const lazy: LazyConnection<AsyncDisposable> = new LazyConnection(async () => {
-    if (calls++ > 0) return inner;
-    await refused();
-    assertStrictEquals(await lazy.run(() => lazy.connect()), inner);
-    return { [Symbol.asyncDispose]: refused };
+test("LazyConnection.run() waits for the opener to close, then resolves", async () => {
+  const { lazy, calls } = driven();
+  let lent: Promise<void> | undefined;
+  const run = lazy.run(async () => {
+    const get = lazy.get();
+    lent = calls[0]!.lend(new Fake());
+    await get;
+    return "done";
   });
-  {
-    await using _conn = await lazy.connect();
+  assert(await isPending(run));
+  assertEquals(await lent, undefined);
+  calls[0]!.resolve();
+  assertEquals(await run, "done");
+});
+
+test("LazyConnection.run() closes inside the task, which has ended", async () => {
+  const lazy: LazyConnection<Fake> = new LazyConnection<Fake>(async (lend) => {
+    await opener(lend);
+    assertEquals(lazy.current, undefined);
+    await assertRejects(() => lazy.get(), BadResource, ENDED);
+    await assertRejects(() => lazy.connect(), BadResource, ENDED);
+    assertEquals(await lazy.runOrJoin(() => lazy.current), undefined);
+  });
+  await lazy.run(() => lazy.get());
+});
+
+test("LazyConnection.run() rejects with what the opener rejects with", async () => {
+  const error = new Error("COMMIT refused");
+  const lazy = new LazyConnection<Fake>(async (lend) => {
+    await opener(lend);
+    throw error;
+  });
+  assertStrictEquals(await reasonOf(lazy.run(() => lazy.get())), error);
+});
+
+test("LazyConnection.run() and lend() reject with the very error of the function", async () => {
+  for (const error of [new Error("task"), "task", null, undefined, NaN]) {
+    for (const fail of [() => Promise.reject(error), throws(error)]) {
+      const lazy = new LazyConnection<Fake>(opener);
+      let fake: Fake | undefined;
+      const run = lazy.run(async () => {
+        fake = await lazy.get();
+        await fail();
+      });
+      assertStrictEquals(await thrownBy(run), error);
+      assertStrictEquals(fake!.outcome, error);
+      assertStrictEquals(await thrownBy(lazy.run(fail)), error);
+    }
   }
-  assertEquals(errors.length, 4);
-  for (const error of errors) assertInstanceOf(error, AlreadyExists);
-  assertEquals(inner.calls, ["asyncDispose"]);
+});
+
+test("LazyConnection.run() rejects with the error of the opener that carries the function's, else with both", async (t) => {
+  const task = new Error("task");
+  const other = new Error("other");
+  const cyclic = new Error("cyclic");
+  cyclic.cause = cyclic;
+  const wrapped = new Error("wrapped", { cause: task });
+  const deep = new Error("deep", {
+    cause: new SuppressedError(other, wrapped),
+  });
+  const both = Symbol("both");
+  const cases: Record<string, [E: unknown, F: unknown, got: unknown]> = {
+    "the same": [task, task, task],
+    "its cause": [task, wrapped, wrapped],
+    "what it suppressed": [task, deep, deep],
+    "carried the other way": [wrapped, task, wrapped],
+    "unrelated": [task, other, both],
+    "a cycle": [task, cyclic, both],
+    "no error": [undefined, other, both],
+    "no error either": [other, undefined, both],
+    "a cause that is none": [undefined, new Error("", { cause: null }), both],
+  };
+  for (const [name, [E, F, got]] of Object.entries(cases)) {
+    await t.step(name, async () => {
+      const lazy = new LazyConnection<Fake>(async (lend) => {
+        await opener(lend).catch(() => {});
+        throw F;
+      });
+      const run = lazy.run(async () => {
+        await lazy.get();
+        throw E;
+      });
+      const error = await thrownBy(run);
+      if (got !== both) return assertStrictEquals(error, got);
+      assertInstanceOf(error, SuppressedError);
+      assertStrictEquals(error.error, F);
+      assertStrictEquals(error.suppressed, E);
+    });
+  }
+});
+
+test("LazyConnection.run() cancels an attempt to connect, and does not wait for it", async () => {
+  const { lazy, calls } = driven();
+  let got: Promise<Fake> | undefined;
+  const error = new Error("400");
+  const run = lazy.run(() => {
+    got = lazy.get(); // nobody awaits it yet, and the process goes on
+    throw error;
+  });
+  assertStrictEquals(await reasonOf(run), error);
+  const [call] = calls;
+  const reason = await assertRejects(() => got!, BadResource, ENDED);
+  assertStrictEquals(call!.signal.reason, reason);
+  assertStrictEquals(await reasonOf(call!.lend(new Fake())), reason);
+  call!.reject(new Error("of an opener that nobody waits for"));
+});
+
+// runOrJoin()
+
+test("LazyConnection.runOrJoin() is a part of the task, or a task where there is none", async () => {
+  const lazy = new LazyConnection<Fake>(opener);
+  const part = (...args: number[]) =>
+    lazy.runOrJoin(async (...args) => ({
+      fake: await lazy.get(),
+      sum: args.reduce((a, b) => a + b),
+    }), ...args);
+  const alone = await part(1, 2);
+  assertEquals(alone.sum, 3);
+  assertEquals(alone.fake.outcome, "committed");
+  const leftover = await lazy.run(async () => {
+    const [a, b] = await Promise.all([part(1), part(2)]);
+    assertStrictEquals(a!.fake, b!.fake);
+    assertStrictEquals(lazy.current, a!.fake);
+    return AsyncLocalStorage.snapshot();
+  });
+  assertEquals((await leftover(() => part(1))).fake.outcome, "committed");
+});
+
+test("LazyConnection.runOrJoin() fails the whole task, even if its error was caught", async () => {
+  const error = new Error("part");
+  const lazy = new LazyConnection<Fake>(opener);
+  let fake: Fake | undefined;
+  const run = lazy.run(async () => {
+    fake = await lazy.get();
+    const part = lazy.runOrJoin(throws(error));
+    assertStrictEquals(await reasonOf(part), error);
+    assertEquals(fake.outcome, "open");
+  });
+  assertStrictEquals(await reasonOf(run), error);
+  assertStrictEquals(fake!.outcome, error);
+});
+
+test("LazyConnection.runOrJoin() leaves the task its own error", async () => {
+  const error = new Error("task");
+  const lazy = new LazyConnection<Fake>(opener);
+  const run = lazy.run(async () => {
+    await lazy.runOrJoin(throws(new Error("part"))).catch(() => {});
+    throw error;
+  });
+  assertStrictEquals(await reasonOf(run), error);
+});
+
+test("LazyConnection.runOrJoin() cannot fail a task that has ended", async () => {
+  const { lazy, calls } = driven();
+  const end = Promise.withResolvers<void>();
+  let part: Promise<void> | undefined;
+  const run = lazy.run(async () => {
+    const get = lazy.get();
+    calls[0]!.lend(new Fake());
+    await get;
+    part = lazy.runOrJoin(() => end.promise);
+  });
+  await settled();
+  end.reject(new Error("late"));
+  await assertRejects(() => part!, Error, "late");
+  calls[0]!.resolve();
+  await run;
 });
 
 // get()
 
 test("LazyConnection.get() opens one connection for all who ask", async () => {
-  const control = new Control();
-  const { lazy } = control;
+  const { lazy, calls } = driven();
   const fake = new Fake();
   await lazy.run(async () => {
     const deep = async () => await lazy.get();
     const gets = [lazy.get(), deep(), delay(0).then(() => lazy.get())];
-    assertEquals(control.calls, 1);
+    assertEquals(calls.length, 1);
     await delay(1);
-    control.answer.resolve(fake);
-    for (const conn of await Promise.all(gets)) assertStrictEquals(conn, fake);
-    assertStrictEquals(await lazy.get(), fake); // the open one
+    calls[0]!.lend(fake).then(calls[0]!.resolve);
+    for (const got of await Promise.all(gets)) assertStrictEquals(got, fake);
+    assertStrictEquals(await lazy.get(), fake);
     assertStrictEquals(lazy.current, fake);
-    assertEquals(control.calls, 1);
-    assertEquals(fake.calls, []);
   });
-  assertEquals(fake.calls, ["asyncDispose"]);
+  assertEquals(calls.length, 1);
 });
 
-test("LazyConnection.get() gives each task its own", async () => {
-  const lazy = new LazyConnection(() => new Fake());
-  const [a, b, c] = await Promise.all([
-    lazy.get(),
-    lazy.run(() => lazy.get()),
-    lazy.run(() => lazy.get()),
-  ]);
-  assertEquals(new Set([a, b, c]).size, 3);
+test("LazyConnection.get() rejects outside of run(), whatever was connected there", async () => {
+  const { lazy, calls } = driven();
+  const message = "Cannot get a connection: there is no task, call run() first";
+  await assertRejects(() => lazy.get(), NotConnected, message);
+  assertEquals(calls.length, 0);
+  const connect = lazy.connect();
+  await assertRejects(() => lazy.get(), NotConnected, message);
+  calls[0]!.lend(new Fake());
+  await connect;
+  await assertRejects(() => lazy.get(), NotConnected, message);
+  assertEquals(calls.length, 1);
+});
+
+test("LazyConnection.get() gives any object as it is", async () => {
+  const objects = [Object.freeze(new Fake()), new Date(), () => {}, new Fake()];
+  for (const object of objects) {
+    const before = Object.getOwnPropertyDescriptors(object);
+    const lazy = new LazyConnection<object>((lend) => lend(object));
+    await lazy.run(async () => {
+      assertStrictEquals(await lazy.get(), object);
+      assertEquals(Object.getOwnPropertyDescriptors(object), before);
+    });
+    assertEquals(Object.getOwnPropertyDescriptors(object), before);
+  }
 });
 
 test("LazyConnection.get() waits for what connect() opens", async () => {
-  const control = new Control();
-  const { lazy } = control;
-  const connect = lazy.connect();
-  const get = lazy.get();
-  assertEquals(control.calls, 1);
-  control.answer.resolve(new Fake());
-  assertStrictEquals(await get, await connect);
+  const { lazy, calls } = driven();
+  await lazy.run(async () => {
+    const connect = lazy.connect();
+    const get = lazy.get();
+    calls[0]!.lend(new Fake()).catch(calls[0]!.resolve);
+    using conn = await connect;
+    assertStrictEquals(await get, conn);
+    assertEquals(calls.length, 1);
+  });
 });
 
-test("LazyConnection.get() fails for all who wait, then tries again", async () => {
-  const control = new Control();
-  const { lazy } = control;
+test("LazyConnection.get() fails for all who wait if the opener fails, then tries again", async (t) => {
   const error = new Error("opener");
-  const again = lazy.get().catch(() => lazy.get());
-  const gets = [lazy.connect(), lazy.get(), lazy.get()].map((get) =>
-    assertRejects(() => get)
-  );
-  control.answer.reject(error);
-  const [refused, ...others] = await Promise.all(gets);
-  assertInstanceOf(refused, AlreadyExists);
-  for (const other of others) assertStrictEquals(other, error);
-  assertEquals(control.calls, 2);
-  const fake = new Fake();
-  control.answer.resolve(fake);
-  assertStrictEquals(await again, fake);
-});
-
-test("LazyConnection.get() fails each time if its opener throws", async () => {
-  const errors = [new Error("first"), new Error("second")];
-  const rest = errors.values();
-  const lazy = new LazyConnection<Fake>(() => {
-    throw rest.next().value;
-  });
-  const gets = errors.map(() => lazy.get());
-  for (const [i, get] of gets.entries()) {
-    assertStrictEquals(await assertRejects(() => get), errors[i]);
+  const openers: Record<string, Opener<Fake>> = {
+    "by throwing": throws(error),
+    "by rejecting": () => Promise.reject(error),
+    "by never lending": () => Promise.resolve(),
+  };
+  for (const [name, failing] of Object.entries(openers)) {
+    await t.step(name, async () => {
+      const next = [failing, opener, failing, opener].values();
+      const lazy = new LazyConnection<Fake>((lend, signal) =>
+        next.next().value!(lend, signal)
+      );
+      const run = lazy.run(async () => {
+        const gets = await Promise.allSettled([lazy.get(), lazy.get()]);
+        for (const get of gets.filter(({ status }) => status === "rejected")) {
+          checkFailure((get as PromiseRejectedResult).reason);
+        }
+        return await lazy.get();
+      });
+      assertEquals((await run).outcome, "committed");
+      checkFailure(await reasonOf(lazy.connect()));
+      using _conn = await lazy.connect();
+    });
+  }
+  function checkFailure(reason: unknown) {
+    if (reason === error) return;
+    assertInstanceOf(reason, TypeError);
+    assertEquals(reason.message, OVER);
   }
 });
 
-test("LazyConnection.get() rejects for all with the reason for cancelling", async () => {
-  const control = new Control();
-  const { lazy } = control;
-  const controller = new AbortController();
-  const attempts = [lazy.connect(controller), lazy.get()];
-  controller.abort("enough");
-  attempts.push(lazy.get());
-  control.answer.resolve(new Fake());
-  for (const attempt of attempts) {
-    assertEquals(await assertRejects(() => attempt), "enough");
+test("LazyConnection.get() and connect() wait for an earlier connection to close", async () => {
+  const { lazy, calls } = driven();
+  await lazy.run(async () => {
+    const first = lazy.connect();
+    calls[0]!.lend(new Fake());
+    (await first)[Symbol.dispose]();
+    assertEquals(lazy.current, undefined);
+    const gets = [lazy.get(), lazy.get()];
+    await assertRejects(() => lazy.connect(), AlreadyExists);
+    await settled();
+    assertEquals(calls.length, 1);
+    calls[0]!.resolve();
+    await settled();
+    assertEquals(calls.length, 2);
+    const fake = new Fake();
+    calls[1]!.lend(fake).then(calls[1]!.resolve);
+    assertEquals(await Promise.all(gets), [fake, fake]);
+  });
+});
+
+// connect()
+
+test("LazyConnection.connect() rejects if the task has a connection or is opening one", async () => {
+  const { lazy, calls } = driven();
+  const message = "Cannot connect: the task is already connected or " +
+    "connecting, leave that block or start another task with run()";
+  const connect = lazy.connect();
+  await assertRejects(() => lazy.connect(), AlreadyExists, message);
+  calls[0]!.lend(new Fake());
+  const conn = await connect;
+  await assertRejects(() => lazy.connect(), AlreadyExists, message);
+  assertStrictEquals(lazy.current, conn);
+  assertEquals(calls.length, 1);
+});
+
+test("LazyConnection.connect() is freed by each way to leave a block, which is no success", async (t) => {
+  type Lazy = LazyConnection<Fake & Partial<AsyncDisposable>>;
+  const ways: Record<string, (lazy: Lazy) => Promise<Fake>> = {
+    async "using"(lazy) {
+      using fake = await lazy.connect();
+      return fake;
+    },
+    async "await using"(lazy) {
+      await using fake = await lazy.connect();
+      return fake;
+    },
+    async "[Symbol.dispose]()"(lazy) {
+      const fake = await lazy.connect();
+      fake[Symbol.dispose]();
+      return fake;
+    },
+    async "[Symbol.asyncDispose]()"(lazy) {
+      const fake = await lazy.connect();
+      await fake[Symbol.asyncDispose]();
+      return fake;
+    },
+  };
+  for (const [name, leave] of Object.entries(ways)) {
+    await t.step(name, async () => {
+      const lazy = new LazyConnection<Fake>(opener);
+      const block = async () => {
+        const fake = await leave(lazy);
+        assertEquals(lazy.current, undefined);
+        await settled();
+        assertInstanceOf(fake.outcome, BadResource);
+      };
+      await block();
+      await lazy.run(async () => {
+        await block();
+        await block();
+        return await lazy.get();
+      });
+    });
   }
 });
 
-test("LazyConnection.get() rejects at once after the end of its task", async () => {
-  const control = new Control();
-  const { lazy } = control;
-  let inTask = AsyncLocalStorage.snapshot();
-  let waiting: Promise<unknown> | undefined;
-  const run = lazy.run(() => {
-    inTask = AsyncLocalStorage.snapshot();
-    waiting = assertRejects(() => lazy.get(), BadResource, ENDED);
-  });
-  await settled(); // the task has ended, and its opener has not answered
-  await assertRejects(() => inTask(() => lazy.get()), BadResource, ENDED);
-  control.answer.reject(new Error("late"));
-  await Promise.all([run, waiting]);
+test("LazyConnection.connect() replaces the methods of disposal until closing starts", async (t) => {
+  class Sync {
+    calls: string[] = [];
+    [Symbol.dispose]() {
+      this.calls.push("dispose");
+    }
+  }
+  class Async {
+    calls: string[] = [];
+    [Symbol.asyncDispose]() {
+      this.calls.push("asyncDispose");
+      return Promise.resolve();
+    }
+  }
+  class Both extends Sync {
+    [Symbol.asyncDispose] = Async.prototype[Symbol.asyncDispose];
+  }
+  for (const make of [Sync, Async, Both]) {
+    await t.step(make.name, async () => {
+      const object = new make() as Partial<Both> & { calls: string[] };
+      const { [Symbol.dispose]: dispose, [Symbol.asyncDispose]: asyncDispose } =
+        object;
+      const own = () => {
+        assertStrictEquals(object[Symbol.dispose], dispose);
+        assertStrictEquals(object[Symbol.asyncDispose], asyncDispose);
+      };
+      // One of the two it has
+      const lazy = new LazyConnection<AsyncDisposable>(async (lend) => {
+        await lend(object as AsyncDisposable).finally(own);
+      });
+      for (let i = 0; i < 2; i++) { // a pool may give it again
+        const conn = await lazy.connect();
+        assertStrictEquals<unknown>(conn, object);
+        assertNotStrictEquals(object[Symbol.asyncDispose], asyncDispose);
+        if (dispose) assertNotStrictEquals(object[Symbol.dispose], dispose);
+        else assert(!(Symbol.dispose in object));
+        const closing = conn[Symbol.asyncDispose]();
+        own();
+        await closing;
+      }
+      assertEquals(object.calls, []); // it is for the opener to close
+    });
+  }
 });
 
-test("LazyConnection.get() rejects while the connection is closing", async () => {
-  const slow = new Slow();
-  const lazy = new LazyConnection(() => slow);
-  const closing = (await lazy.get())[Symbol.asyncDispose]();
-  await assertRejects(() => lazy.get(), AlreadyExists, CONNECTED);
-  slow.closing.resolve();
-  await closing;
-  assertStrictEquals(await lazy.get(), slow);
-});
-
-test("LazyConnection.get() gives what is open, not what was", async () => {
-  const lazy = new LazyConnection(() => new Fake());
-  const first = await lazy.get();
-  await first[Symbol.asyncDispose]();
-  const second = await lazy.get();
-  assertNotEquals<unknown>(first.calls, second.calls);
-  assertStrictEquals(await lazy.get(), second);
+test("LazyConnection.connect() rejects an object that a block cannot dispose of, and has it closed", async (t) => {
+  const objects: Record<string, object> = {
+    "without a method": new Date(),
+    "frozen": Object.freeze(new Fake()),
+    "that takes no further method": Object.preventExtensions({
+      [Symbol.dispose]() {},
+    }),
+  };
+  for (const [name, object] of Object.entries(objects)) {
+    await t.step(name, async () => {
+      let closed = 0;
+      const before = Object.getOwnPropertyDescriptors(object);
+      // That is what the types forbid
+      const lazy = new LazyConnection<Fake>(async (lend) => {
+        try {
+          await lend(object as Fake);
+        } finally {
+          await settled();
+          closed++;
+        }
+      });
+      const message = "Cannot connect: a block cannot dispose of the " +
+        "connection, call get() instead";
+      await assertRejects(() => lazy.connect(), TypeError, message);
+      assertEquals(closed, 1);
+      assertEquals(Object.getOwnPropertyDescriptors(object), before);
+      await lazy.run(async () => assertStrictEquals(await lazy.get(), object));
+    });
+  }
 });
 
 // Closing
 
-test("LazyConnection.connect() is freed by each way to dispose of a connection", async (t) => {
-  const ways: Record<string, (lazy: LazyConnection<Fake>) => Promise<Fake>> = {
-    async "using"(lazy) {
-      using conn = await lazy.connect();
-      return conn;
-    },
-    async "await using"(lazy) {
-      await using conn = await lazy.connect();
-      return conn;
-    },
-    async "[Symbol.dispose]()"(lazy) {
-      const conn = await lazy.connect();
-      conn[Symbol.dispose]();
-      return conn;
-    },
-    async "[Symbol.asyncDispose]()"(lazy) {
-      const conn = await lazy.connect();
-      await conn[Symbol.asyncDispose]();
-      return conn;
-    },
-    async "the end of the task"(lazy) {
-      return await lazy.run(() => lazy.connect());
-    },
+test("LazyConnection.connect() gives `await using` what fails in closing, and nothing else", async (t) => {
+  const [a, b] = [new Error("a"), new Error("b")];
+  const both = (error: unknown, suppressed: unknown) =>
+    new SuppressedError(error, suppressed);
+  const cases: Record<string, (left: unknown) => unknown> = {
+    "nothing": () => undefined,
+    "why it was left": (left) => left,
+    "what wraps that": (left) => new Error("wrapped", { cause: left }),
+    "closing": () => a,
+    "closing, with why it was left": (left) => both(a, left),
+    "closing, with what wraps it": (left) =>
+      both(a, new Error("wrapped", { cause: left })),
+    "closing twice": (left) => both(b, both(a, left)),
   };
-  const calls = ["dispose", "asyncDispose", "dispose", "asyncDispose"];
-  for (const [i, [name, close]] of Object.entries(ways).entries()) {
+  const expected = [undefined, undefined, undefined, a, a, a, both(b, a)];
+  for (const [i, [name, fail]] of Object.entries(cases).entries()) {
     await t.step(name, async () => {
-      const lazy = new LazyConnection(() => new Fake());
-      const conn = await close(lazy);
-      assertEquals(conn.calls, [calls[i] ?? "asyncDispose"]);
-      await assertFree(lazy);
-    });
-  }
-});
-
-test("LazyConnection.connect() leaves close() to the object", async (t) => {
-  const error = new Error("unfinalized statements");
-  const closes: Record<string, (...args: unknown[]) => unknown> = {
-    "that returns": (...args) => args,
-    "that throws": () => {
-      throw error;
-    },
-    "that rejects": () => Promise.reject(error),
-  };
-  for (const [name, close] of Object.entries(closes)) {
-    await t.step(name, async () => {
-      let disposals = 0;
-      const object = { close, [Symbol.dispose]: () => void disposals++ };
-      const lazy = new LazyConnection(() => object);
-      await lazy.run(async () => {
-        await using conn = await lazy.connect();
-        assertStrictEquals(conn.close, close);
+      const lazy = new LazyConnection<Fake>(async (lend) => {
+        const left = await lend(new Fake()).catch((error) => error);
+        await settled();
+        const error = fail(left);
+        if (error) throw error;
+      });
+      let got: unknown;
+      await lazy.run(async () => { // it may go on to succeed
         try {
-          assertEquals(await conn.close("statement"), ["statement"]);
-        } catch (caught) {
-          assertStrictEquals(caught, error);
-        }
-        assertStrictEquals(lazy.current, conn);
-        assertEquals(disposals, 0);
-      });
-      assertEquals(disposals, 1);
-    });
-  }
-});
-
-test("LazyConnection.connect() makes a Disposable an AsyncDisposable", async () => {
-  let disposals = 0;
-  const disposable = {
-    async [Symbol.dispose]() { // a promise is waited for, though no one has to
-      await settled(5);
-      disposals++;
-    },
-  };
-  const lazy = new LazyConnection(() => disposable);
-  {
-    await using conn = await lazy.connect();
-    assertStrictEquals(conn, disposable);
-  }
-  const conn = await lazy.connect();
-  await conn[Symbol.asyncDispose]();
-  assertEquals(disposals, 2);
-  await conn[Symbol.asyncDispose](); // it stays one, for whoever has it next
-  assertEquals(disposals, 3);
-  await assertFree(lazy);
-});
-
-test("LazyConnection.connect() waits for whatever closing returns", async () => {
-  const { promise, resolve } = Promise.withResolvers<void>();
-  const thenable: PromiseLike<void> = {
-    then: (...args) => promise.then(...args),
-  };
-  const lazy = new LazyConnection(() => ({
-    [Symbol.asyncDispose]: () => thenable,
-  }));
-  const closing = (await lazy.connect())[Symbol.asyncDispose]();
-  await settled();
-  await assertRejects(() => lazy.connect(), AlreadyExists);
-  resolve();
-  await closing;
-  await using _next = await lazy.connect();
-});
-
-test("LazyConnection.connect() frees the task if closing fails", async (t) => {
-  const error = new Error("close");
-  const fail = () => {
-    throw error;
-  };
-  const failing: Record<string, Disposable & AsyncDisposable> = {
-    "by throwing": { [Symbol.dispose]: fail, [Symbol.asyncDispose]: fail },
-    "by rejecting": {
-      [Symbol.dispose]: fail,
-      [Symbol.asyncDispose]: () => Promise.reject(error),
-    },
-  };
-  for (const [name, object] of Object.entries(failing)) {
-    await t.step(name, async () => {
-      const lazy = new LazyConnection(() => object);
-      const conn = await lazy.connect();
-      assertStrictEquals(assertThrows(() => conn[Symbol.dispose]()), error);
-      const next = await lazy.connect();
-      const closing = assertRejects(async () => {
-        await next[Symbol.asyncDispose]();
-      });
-      assertStrictEquals(await closing, error);
-      await lazy.connect();
-    });
-  }
-});
-
-test("LazyConnection.connect() gives the object its own methods back when closing starts", async (t) => {
-  class Both {
-    seen: unknown[] = [];
-    look() {
-      this.seen.push(this[Symbol.dispose], this[Symbol.asyncDispose]);
-    }
-    [Symbol.dispose]() {
-      this.look();
-    }
-    [Symbol.asyncDispose]() {
-      this.look();
-      return Promise.resolve();
-    }
-  }
-  const inherited = () => new Both();
-  const own = () =>
-    Object.assign(new Both(), {
-      [Symbol.dispose]: Both.prototype[Symbol.dispose],
-      [Symbol.asyncDispose]: Both.prototype[Symbol.asyncDispose],
-    });
-  for (const [name, make] of Object.entries({ inherited, own })) {
-    for (const key of [Symbol.dispose, Symbol.asyncDispose] as const) {
-      await t.step(`${name}, ${String(key)}`, async () => {
-        const object = make();
-        const keys = Reflect.ownKeys(object);
-        const { [Symbol.dispose]: dispose, [Symbol.asyncDispose]: async } =
-          object;
-        const lazy = new LazyConnection(() => object);
-        for (let i = 0; i < 2; i++) {
-          const conn = await lazy.connect();
-          assertNotEquals<unknown>(conn[Symbol.dispose], dispose);
-          assertNotEquals<unknown>(conn[Symbol.asyncDispose], async);
-          object.seen = [];
-          await conn[key]();
-          assertEquals(object.seen.length, 2);
-          assertStrictEquals(object.seen[0], dispose);
-          assertStrictEquals(object.seen[1], async);
-          assertEquals(Reflect.ownKeys(object), keys);
+          await using _conn = await lazy.connect();
+        } catch (error) {
+          got = error;
         }
       });
-    }
+      if (i < 6) return assertStrictEquals(got, expected[i]);
+      assertInstanceOf(got, SuppressedError);
+      assertEquals([got.error, got.suppressed], [b, a]);
+    });
   }
-  await t.step("all but the method that it lacked", async () => {
-    const object = { [Symbol.dispose]() {} };
-    const { [Symbol.dispose]: dispose } = object;
-    const lazy = new LazyConnection(() => object);
-    const leftover = new Set<unknown>();
+});
+
+test("LazyConnection.connect() fails the task with what fails after `using`", async () => {
+  const errors = [new Error("first"), new Error("second")];
+  const rest = errors.values();
+  const fakes: Fake[] = [];
+  const lazy = new LazyConnection<Fake>(async (lend) => {
+    await opener((fake) => lend(fakes[fakes.push(fake) - 1]!)).catch(() => {});
+    const { value: error } = rest.next();
+    if (error) throw error;
+  });
+  const run = lazy.run(async () => {
     for (let i = 0; i < 2; i++) {
-      const conn = await lazy.connect();
-      conn[Symbol.dispose]();
-      leftover.add(conn[Symbol.asyncDispose]);
-      assertStrictEquals(object[Symbol.dispose], dispose);
-      const keys = [Symbol.dispose, Symbol.asyncDispose];
-      assertEquals(Reflect.ownKeys(object), keys);
+      using _conn = await lazy.connect();
     }
-    assertEquals(leftover.size, 1);
+    await lazy.get();
   });
+  const error = await assertRejects(() => run, SuppressedError);
+  assertEquals([error.suppressed, error.error], errors);
+  assertStrictEquals(fakes[2]!.outcome, error); // it must not commit
 });
 
-test("LazyConnection.connect() closes an object that does not take its methods back", async (t) => {
-  const fail = () => {
-    throw new Error("no");
-  };
-  const changes: Record<string, (fake: Fake) => void> = {
-    "frozen": (fake) => Object.freeze(fake),
-    "with a setter that throws": (fake) =>
-      Object.defineProperty(fake, Symbol.dispose, { set: fail }),
-  };
-  for (const [name, change] of Object.entries(changes)) {
-    await t.step(name, async () => {
-      const fake = new Fake();
-      const lazy = new LazyConnection(() => fake);
-      await lazy.run(async () => change(await lazy.connect()));
-      assertEquals(fake.calls, ["asyncDispose"]);
-      await lazy[Symbol.asyncDispose]();
-    });
-  }
-});
-
-test("LazyConnection.connect() gives methods back through an inherited setter", async () => {
-  class Accessor {
-    closings = 0;
-    #dispose = () => void this.closings++;
-    get [Symbol.dispose]() {
-      return this.#dispose;
-    }
-    set [Symbol.dispose](dispose) {
-      this.#dispose = dispose;
-    }
-  }
-  const object = new Accessor();
-  const lazy = new LazyConnection(() => object);
-  for (let i = 0; i < 3; i++) await lazy.run(() => lazy.connect());
-  assertEquals(object.closings, 3);
-});
-
-test("LazyConnection.connect() lets an object wait for code that disposes of it", async () => {
-  class Reader {
-    stop = Promise.withResolvers<void>();
-    reading = Promise.resolve();
-    async read() {
-      await using _reader = this;
-      await this.stop.promise;
-    }
-    async [Symbol.asyncDispose]() {
-      this.stop.resolve();
-      await this.reading;
-    }
-  }
-  const lazy = new LazyConnection(() => new Reader());
-  await lazy.run(async () => {
-    const conn = await lazy.connect();
-    conn.reading = conn.read();
+test("LazyConnection.connect() fails the task with its own error and what fails after `using`", async () => {
+  const { lazy, calls } = driven();
+  const [task, closing] = [new Error("task"), new Error("closing")];
+  const run = lazy.run(async () => {
+    const connect = lazy.connect();
+    calls[0]!.lend(new Fake());
+    using _conn = await connect;
+    throw task;
   });
-});
-
-test("LazyConnection.connect() lets an object close itself by its own methods", async () => {
-  const calls: string[] = [];
-  class Client {
-    closed = false;
-    async close() {
-      calls.push("close");
-      await this[Symbol.asyncDispose]();
-    }
-    [Symbol.dispose]() {
-      calls.push("dispose");
-    }
-    async [Symbol.asyncDispose]() {
-      calls.push("asyncDispose");
-      if (this.closed) return;
-      this.closed = true;
-      this[Symbol.dispose]();
-      await this.close();
-    }
-  }
-  const lazy = new LazyConnection(() => new Client());
-  await lazy.run(() => lazy.connect());
-  assertEquals(calls, ["asyncDispose", "dispose", "close", "asyncDispose"]);
+  assert(await isPending(run));
+  calls[0]!.reject(closing);
+  const error = await assertRejects(() => run, SuppressedError);
+  assertStrictEquals(error.suppressed, task);
+  assertStrictEquals(error.error, closing);
 });
 
 test("LazyConnection.connect() closes once, and a later disposal does nothing", async () => {
-  const slow = new Slow();
-  const lazy = new LazyConnection(() => slow);
-  const conn = await lazy.connect();
-  const dispose = conn[Symbol.asyncDispose];
-  const first = dispose();
-  assert(!await isPending(dispose())); // it does not wait for the first one
-  assert(await isPending(first));
-  await assertRejects(() => lazy.connect(), AlreadyExists);
-  slow.closing.resolve();
-  await first;
-  await dispose();
-  assertEquals(slow.closings, 1);
-});
-
-test("LazyConnection.connect() is safe from the late disposal of an earlier one", async () => {
-  const lazy = new LazyConnection(() => new Fake());
-  const early = await lazy.connect();
+  const { lazy, calls } = driven();
+  const connect = lazy.connect();
+  calls[0]!.lend(new Fake());
+  const conn = await connect;
   const { [Symbol.dispose]: dispose, [Symbol.asyncDispose]: asyncDispose } =
-    early;
+    conn;
+  const first = asyncDispose();
   dispose();
-  const conn = await lazy.connect();
+  await asyncDispose(); // it does not wait for the first one
+  assert(await isPending(first));
+
+  const next = lazy.connect();
+  calls[0]!.resolve();
+  await first;
+  await settled();
+  calls[1]!.lend(conn); // the same object, from a pool
   dispose();
   await asyncDispose();
-  assertStrictEquals(lazy.current, conn);
-  assertEquals(conn.calls, []);
-  assertEquals(early.calls, ["dispose"]);
+  assertStrictEquals(lazy.current, await next);
 });
 
-test("LazyConnection.connect() is safe from late disposal if an object is given again", async () => {
-  const pooled = new Fake();
-  const lazy = new LazyConnection(() => pooled);
-  const { promise, resolve } = Promise.withResolvers<void>();
-  const early = lazy.run(async () => {
-    await using conn = await lazy.connect();
-    using _conn = conn;
-    conn[Symbol.dispose]();
-    await promise;
-  });
-  await settled();
-  await lazy.run(async () => {
-    const conn = await lazy.connect();
-    resolve();
-    await early;
-    assertStrictEquals(lazy.current, conn);
-    assertEquals(pooled.calls, ["dispose"]);
-  });
-  assertEquals(pooled.calls, ["dispose", "asyncDispose"]);
-});
-
-test("LazyConnection.connect() takes what a pool gives on from within its disposal", async (t) => {
-  /** A pool of one, which gives its object to the next who waits. */
-  class Pool<C> {
-    waiting: PromiseWithResolvers<C>[] = [];
-    free: C[];
-    constructor(object: C) {
-      this.free = [object];
-    }
-    acquire() {
-      if (this.free.length > 0) return this.free.pop()!;
-      this.waiting.push(Promise.withResolvers());
-      return this.waiting.at(-1)!.promise;
-    }
-    release(object: C) {
-      const next = this.waiting.shift();
-      if (next) next.resolve(object);
-      else this.free.push(object);
-    }
+test("LazyConnection.run() waits for what nobody waits for to be closed", async () => {
+  for (const key of [Symbol.dispose, Symbol.asyncDispose] as const) {
+    const { lazy, calls } = driven();
+    const run = lazy.run(async () => {
+      const connect = lazy.connect();
+      calls[0]!.lend(new Fake());
+      (await connect)[key]();
+      if (key === Symbol.dispose) lazy.get(); // waits, and is cancelled
+    });
+    assert(await isPending(run));
+    calls[0]!.resolve();
+    await run;
+    assertEquals(calls.length, 1);
   }
-  const objects: Record<string, Disposable | AsyncDisposable> = {
-    "at once": {
-      [Symbol.dispose]() {
-        pool.release(this);
-      },
-    },
-    "asynchronously": {
-      async [Symbol.asyncDispose]() {
-        await settled(1);
-        const release = async () => await pool.release(this);
-        await release();
-      },
+});
+
+test("LazyConnection lets a pool hand an object on from within closing", async (t) => {
+  const ways: Record<string, (release: () => void) => unknown> = {
+    "at once": (release) => release(),
+    "later": (release) => settled().then(release),
+    "while closing goes on": (release) => {
+      release();
+      return settled();
     },
   };
-  let pool = new Pool<Disposable | AsyncDisposable>(new Fake());
-  for (const [name, object] of Object.entries(objects)) {
+  for (const [name, way] of Object.entries(ways)) {
     await t.step(name, async () => {
-      pool = new Pool(object);
-      const lazy = new LazyConnection(() => pool.acquire());
-      const task = async () => {
+      const pooled = new Fake();
+      let free: Fake | undefined = pooled;
+      const waiting: ((fake: Fake) => void)[] = [];
+      const lazy = new LazyConnection<Fake>(async (lend) => {
+        const fake = free ?? await new Promise<Fake>((resolve) => {
+          waiting.push(resolve);
+        });
+        free = undefined;
+        try {
+          await lend(fake);
+        } finally {
+          await way(() => {
+            const next = waiting.shift();
+            if (next) next(fake);
+            else free = fake;
+          });
+        }
+      });
+      const block = async () => {
         await using _conn = await lazy.connect();
       };
-      const tasks = [task, () => lazy.get(), task, () => lazy.get()];
-      await Promise.all(tasks.map((task) => lazy.run<[], unknown>(task)));
-      assertEquals(pool.free, [object]);
+      const get = async () => void await lazy.get();
+      await Promise.all([block, get, get, block].map((fn) => lazy.run(fn)));
+      assertStrictEquals(free, pooled);
     });
   }
 });
 
-test("LazyConnection.connect() takes an object given again any number of times", async () => {
-  const pooled = new Fake();
-  const lazy = new LazyConnection(() => pooled);
-  for (let i = 0; i < 20_000; i++) (await lazy.connect())[Symbol.dispose]();
-  assertEquals(pooled.calls.length, 20_000);
-});
+// The opener: lend()
 
-// The opener
-
-test("LazyConnection.connect() passes the error of the opener through", async () => {
-  const error = new Error("opener");
-  const fake = new Fake();
-  const openers: Opener<Fake>[] = [
-    () => {
-      throw error;
-    },
-    () => Promise.reject(error),
-    () => fake,
-  ];
-  const lazy = new LazyConnection((signal) => openers.shift()!(signal));
-  assertStrictEquals(await assertRejects(() => lazy.connect()), error);
-  assertStrictEquals(await assertRejects(() => lazy.connect()), error);
-  assertStrictEquals(await lazy.connect(), fake);
-  await lazy[Symbol.asyncDispose]();
-  assertEquals(fake.calls, ["asyncDispose"]);
-});
-
-test("LazyConnection.connect() rejects what it cannot dispose of or replace", async (t) => {
-  const error = new Error("getter");
-  const calls: string[] = [];
-  const dispose = () => void calls.push("dispose");
-  const asyncDispose = () => Promise.resolve(void calls.push("asyncDispose"));
-  /** Each with how it is closed. */
-  const given: Record<string, [given: unknown, closed?: string]> = {
-    "undefined": [undefined],
-    "null": [null],
-    "a primitive": [1],
-    "an object without disposal": [{ close() {} }],
-    "a method that is none": [{ [Symbol.asyncDispose]: true }],
-    "one method that is none": [
-      { [Symbol.asyncDispose]: true, [Symbol.dispose]: dispose },
-      "dispose",
-    ],
-    "a frozen object": [
-      Object.freeze({
-        [Symbol.dispose]: dispose,
-        [Symbol.asyncDispose]: asyncDispose,
-      }),
-      "asyncDispose",
-    ],
-    "an object that takes no method": [
-      Object.preventExtensions({ [Symbol.dispose]: dispose }),
-      "dispose",
-    ],
-    "a read-only Symbol.dispose": [
-      Object.defineProperty(
-        { [Symbol.asyncDispose]: asyncDispose },
-        Symbol.dispose,
-        { value: dispose },
-      ),
-      "asyncDispose",
-    ],
-    "a read-only Symbol.dispose alone": [
-      Object.defineProperty({}, Symbol.dispose, { value: dispose }),
-      "dispose",
-    ],
-    "a read-only Symbol.asyncDispose": [
-      Object.defineProperty(
-        { [Symbol.dispose]: dispose },
-        Symbol.asyncDispose,
-        { value: asyncDispose },
-      ),
-      "asyncDispose",
-    ],
-    "a setter without effect": [
-      {
-        [Symbol.dispose]: dispose,
-        get [Symbol.asyncDispose]() {
-          return asyncDispose;
-        },
-        set [Symbol.asyncDispose](_) {
-          // ignores it
-        },
-      },
-      "asyncDispose",
-    ],
-    "a getter of Symbol.dispose that throws": [
-      {
-        get [Symbol.dispose]() {
-          throw error;
-        },
-        [Symbol.asyncDispose]: asyncDispose,
-      },
-      "asyncDispose",
-    ],
-    "a getter of Symbol.asyncDispose that throws": [
-      {
-        [Symbol.dispose]: dispose,
-        get [Symbol.asyncDispose]() {
-          throw error;
-        },
-      },
-      "dispose",
-    ],
-  };
-  for (const [name, [object, closed]] of Object.entries(given)) {
-    await t.step(name, async () => {
-      const before = Object.getOwnPropertyDescriptors(Object(object));
-      const next = new Fake();
-      const objects = [object, object, next].values();
-      // That is what the types forbid
-      const lazy = new LazyConnection(() => objects.next().value as Fake);
-      for (let i = 0; i < 2; i++) {
-        calls.length = 0;
-        const refused = await assertRejects(
-          () => lazy.connect(),
-          TypeError,
-          NOT_DISPOSABLE,
-        );
-        assertInstanceOf(refused.cause, Error);
-        assertEquals(calls, closed ? [closed] : []);
-        const after = Object.getOwnPropertyDescriptors(Object(object));
-        assertEquals(after, before);
-      }
-      assertStrictEquals(await lazy.connect(), next);
-      await lazy[Symbol.asyncDispose]();
-      assertEquals(next.calls, ["asyncDispose"]);
-    });
-  }
-});
-
-test("LazyConnection.connect() says why it rejects what the opener returned", async () => {
-  const error = new Error("getter");
-  const given: [unknown, unknown][] = [
-    [{}, "It has neither method"],
-    [
-      { [Symbol.dispose]: 1 },
-      "Its Symbol(Symbol.dispose) is not a function",
-    ],
-    [
-      {
-        get [Symbol.dispose]() {
-          throw error;
-        },
-      },
-      error,
-    ],
-    [
-      {
-        get [Symbol.dispose]() {
-          return () => {};
-        },
-        set [Symbol.dispose](_) {
-          // ignores it
-        },
-      },
-      "Its setter has no effect",
-    ],
-  ];
-  for (const [object, cause] of given) {
-    const lazy = new LazyConnection(() => object as Fake);
-    const refused = await assertRejects(() => lazy.connect(), TypeError);
-    if (cause === error) assertStrictEquals(refused.cause, error);
-    else {
-      assertInstanceOf(refused.cause, TypeError);
-      assertEquals(refused.cause.message, cause);
+test("lend() rejects the second time, with why the task failed", async () => {
+  const error = new Error("40001");
+  const message =
+    "Cannot lend: the opener has lent already, retry around run()";
+  const again: TypeError[] = [];
+  const lazy = new LazyConnection<Fake>(async (lend) => {
+    const first = lend(new Fake());
+    for (const _ of [first, first]) {
+      const second = lend(new Fake()); // while lent, and then after it
+      again.push(await assertRejects(() => second, TypeError, message));
+      await first.catch(() => {});
     }
-  }
-});
-
-test("LazyConnection.connect() takes a function for a connection, and null for no method", async () => {
-  const calls: string[] = [];
-  const dispose = () => void calls.push("dispose");
-  const fn = Object.assign(() => {}, { [Symbol.dispose]: dispose });
-  const nothing = { [Symbol.asyncDispose]: null, [Symbol.dispose]: dispose };
-  for (const object of [fn, nothing]) {
-    const lazy = new LazyConnection<Disposable>(() => object);
-    await lazy.run(() => lazy.connect());
-  }
-  assertEquals(calls, ["dispose", "dispose"]);
-});
-
-test("LazyConnection.connect() rejects another task's connection", async () => {
-  const shared = new Slow();
-  const pool = () => shared;
-  const [a, b] = [new LazyConnection(pool), new LazyConnection(pool)];
-  const refused = async () => {
-    for (const lazy of [a, b, b]) {
-      await assertRejects(() => lazy.run(() => lazy.get()), Busy, HELD);
-    }
-    assertEquals(shared.closings, closings);
-  };
-  let closings = 0;
-  const conn = await a.connect();
-  await refused(); // open
-  assertStrictEquals(a.current, conn);
-
-  const closing = conn[Symbol.asyncDispose]();
-  closings = 1;
-  await refused(); // closing
-  shared.closing.resolve();
-  await closing;
-  for (const lazy of [b, a]) await lazy.run(() => lazy.connect());
-  assertEquals(shared.closings, 3);
-});
-
-test("LazyConnection.connect() rejects if its opener disposes of everything", async () => {
-  const fake = new Fake();
-  let disposal: Promise<void> | undefined;
-  const lazy: LazyConnection<Fake> = new LazyConnection(() => {
-    disposal = lazy[Symbol.asyncDispose]();
-    return fake;
+    throw again.at(-1);
   });
-  await assertRejects(() => lazy.connect(), BadResource, DISPOSED);
-  await disposal;
-  assertEquals(fake.calls, ["asyncDispose"]);
+  const run = lazy.run(async () => {
+    await lazy.get();
+    await settled();
+    throw error;
+  });
+  assertStrictEquals(await reasonOf(run), again[1]);
+  assertEquals("cause" in again[0]!, false);
+  assertStrictEquals(again[1]!.cause, error);
+});
+
+test("lend() rejects another task's connection, as do get() and connect()", async () => {
+  const shared = new Fake();
+  const lazy = new LazyConnection<Fake>((lend) => lend(shared));
+  const savepoint = new LazyConnection<Fake>((lend) => lend(shared));
+  const swallowing: Opener<Fake> = (lend) => lend(shared).catch(() => {});
+  const message = "Cannot lend: another task has this connection";
+  await lazy.run(async () => {
+    const fake = await lazy.get();
+    await lazy.run(async () => {
+      await assertRejects(() => lazy.get(), Busy, message);
+      await assertRejects(() => lazy.connect(), Busy, message);
+    });
+    assertStrictEquals(lazy.current, fake);
+    await savepoint.run(() => savepoint.get());
+    assertStrictEquals(lazy.current, fake);
+  });
+  await lazy.run(() => lazy.get()); // it is free again
+  const swallow = new LazyConnection<Fake>(swallowing);
+  await swallow.run(async () => {
+    await swallow.get();
+    await assertRejects(() => swallow.run(() => swallow.get()), TypeError);
+  });
+});
+
+test("lend() may be handed on", async () => {
+  const transaction = async <T>(fn: (fake: Fake) => Promise<T>): Promise<T> => {
+    const fake = new Fake();
+    const result = await fn(fake);
+    fake.outcome = "committed";
+    return result;
+  };
+  const lazy = new LazyConnection<Fake>((lend) => transaction(lend));
+  const fake = await lazy.run(() => lazy.get());
+  assertEquals(fake.outcome, "committed");
+});
+
+test("LazyConnection lets an opener start a task of its own", async () => {
+  let depth = 0;
+  const lazy: LazyConnection<Fake> = new LazyConnection<Fake>(async (lend) => {
+    if (++depth < 3) await lazy.run(() => lazy.get());
+    await opener(lend);
+  });
+  const fake = await lazy.run(() => lazy.get());
+  assertEquals([depth, fake.outcome], [3, "committed"]);
+});
+
+// The opener: over before its task
+
+test("LazyConnection.run() fails if the opener is over before the task", async (t) => {
+  const error = new Error("server gone");
+  const task = new Error("task");
+  const cases: Record<string, [F: unknown, E: unknown, got: unknown]> = {
+    "by rejecting": [error, undefined, error],
+    "by resolving": [undefined, undefined, TypeError],
+    "and the task with its error": [error, error, error],
+    "and the task with what carries its error": [
+      error,
+      new Error("wrapped", { cause: error }),
+      Error,
+    ],
+    "and the task with another error": [error, task, SuppressedError],
+  };
+  for (const [name, [F, E, got]] of Object.entries(cases)) {
+    await t.step(name, async () => {
+      const { lazy, calls } = driven();
+      let lent: Promise<void> | undefined;
+      const run = lazy.run(async () => {
+        const get = lazy.get();
+        lent = calls[0]!.lend(new Fake());
+        await get;
+        if (F) calls[0]!.reject(F);
+        else calls[0]!.resolve();
+        await settled();
+        assertEquals(lazy.current, undefined);
+        const reason = await reasonOf(lazy.get());
+        assertStrictEquals(await reasonOf(lazy.connect()), reason);
+        assertStrictEquals(await reasonOf(lent!), reason);
+        if (F) assertStrictEquals(reason, F);
+        else assertStrictEquals((reason as Error).message, OVER);
+        assertEquals(calls.length, 1);
+        if (E) throw E;
+      });
+      const reason = await reasonOf(run);
+      if (typeof got !== "function") return assertStrictEquals(reason, got);
+      assertInstanceOf(reason, got);
+      if (!(reason instanceof SuppressedError)) return;
+      assertStrictEquals(reason.error, F);
+      assertStrictEquals(reason.suppressed, E);
+    });
+  }
+});
+
+test("LazyConnection.connect() gives the block the error of an opener that is over, and frees the task", async () => {
+  const error = new Error("server gone");
+  for (const key of [Symbol.dispose, Symbol.asyncDispose] as const) {
+    const { lazy, calls } = driven();
+    const block = async () => {
+      const connect = lazy.connect();
+      const [call] = calls.splice(0);
+      call!.lend(new Fake());
+      const { [key]: dispose } = await connect;
+      call!.reject(error);
+      await settled();
+      assertStrictEquals(await reasonOf(lazy.connect()), error);
+      assertStrictEquals(
+        await reasonOf((async () => await dispose())()),
+        error,
+      );
+      await dispose(); // only once
+      lazy.connect();
+      await settled();
+      assertEquals(calls.length, 1);
+    };
+    await lazy.run(block);
+    calls.length = 0;
+    await block();
+    lazy[Symbol.asyncDispose]();
+  }
 });
 
 // Cancelling
 
-test("LazyConnection.connect() does not start with an aborted signal", async () => {
+test("LazyConnection.connect() rejects at once when its signal aborts, whatever the opener does", async () => {
+  for (const reason of [new Error("enough"), "enough", null, 0]) {
+    const { lazy, calls } = driven();
+    const controller = new AbortController();
+    const attempts = [lazy.connect(controller)];
+    await lazy.run(async () => {
+      attempts.push(lazy.connect(controller), lazy.get());
+      controller.abort(reason);
+      for (const attempt of attempts) {
+        assertStrictEquals(await thrownBy(attempt), reason);
+      }
+      // The task is free, while the earlier opener goes on
+      const get = lazy.get();
+      calls[2]!.lend(new Fake()).then(calls[2]!.resolve);
+      const fake = await get;
+      assertStrictEquals(await thrownBy(calls[1]!.lend(new Fake())), reason);
+      assertStrictEquals(calls[1]!.signal.reason, reason);
+      assertStrictEquals(lazy.current, fake);
+    });
+    calls[0]!.reject(new Error("late"));
+  }
+});
+
+test("LazyConnection.connect() does not start with an aborted or invalid signal", async () => {
+  const { lazy, calls } = driven();
   const reason = { own: "reason" };
   const signal = AbortSignal.abort(reason);
-  const control = new Control();
-  const { lazy } = control;
-  const refused = await assertRejects(() => lazy.connect({ signal }));
-  assertStrictEquals(refused, reason);
-  assertEquals(control.calls, 0);
+  assertStrictEquals(await thrownBy(lazy.connect({ signal })), reason);
+  const invalid = { aborted: false } as AbortSignal; // a polyfill's, say
+  await assertRejects(() => lazy.connect({ signal: invalid }), TypeError);
+  assertEquals(calls.length, 0);
   const connect = lazy.connect({ signal: undefined });
-  const fake = new Fake();
-  control.answer.resolve(fake);
-  assertStrictEquals(await connect, fake);
-  await lazy[Symbol.asyncDispose]();
-  assertEquals(fake.calls, ["asyncDispose"]);
-});
-
-test("LazyConnection.connect() is free again after a signal that is none", async () => {
-  const fake = new Fake();
-  const lazy = new LazyConnection(() => fake);
-  const signal = { aborted: false } as AbortSignal; // a polyfill's, say
-  await assertRejects(() => lazy.connect({ signal }), TypeError);
-  assertStrictEquals(await lazy.connect(), fake);
-  await lazy[Symbol.asyncDispose]();
-});
-
-test("LazyConnection.connect() rejects with the reason of its signal", async () => {
-  for (const reason of [new Error("enough"), "enough", null, 0]) {
-    const lazy = new LazyConnection<Fake>(never);
-    const controller = new AbortController();
-    const connect = lazy.connect(controller);
-    controller.abort(reason);
-    assertStrictEquals(await assertRejects(() => connect), reason);
-  }
-  const control = new Control();
-  const { lazy } = control;
-  const controller = new AbortController();
-  const connect = lazy.connect(controller);
-  controller.abort(null);
-  control.answer.reject(new Error("an error of the opener's own"));
-  assertStrictEquals(await assertRejects(() => connect), null);
+  calls[0]!.lend(new Fake());
+  await connect;
 });
 
 test("LazyConnection.connect() rejects in time with AbortSignal.timeout()", async () => {
-  const lazy = new LazyConnection<Fake>(never);
-  const signal = AbortSignal.timeout(5);
-  const error = await assertRejects(
-    () => lazy.connect({ signal }),
-    DOMException,
-  );
+  const { lazy } = driven();
+  const connect = lazy.connect({ signal: AbortSignal.timeout(5) });
+  const error = await assertRejects(() => connect, DOMException);
   assertEquals(error.name, "TimeoutError");
 });
 
-test("LazyConnection.connect() heeds its signal and that of the options", async () => {
-  let connected: AbortSignal | undefined;
-  using _stub = stubConnect(({ signal }) => never(connected = signal!));
+test("LazyConnection heeds the signal of the options besides its own", async () => {
+  using _stub = stubConnect(() => new Promise(() => {})); // never answers
   for (const which of [0, 1]) {
     const controllers = [new AbortController(), new AbortController()];
     const [own, options] = controllers;
     const lazy = new LazyConnection({ port: 1, signal: options!.signal });
-    const connect = lazy.connect(own);
-    controllers[which]!.abort("enough");
-    assertEquals(await assertRejects(() => connect), "enough");
-    assertEquals(connected?.reason, "enough");
+    await lazy.run(async () => {
+      const attempts = [lazy.connect(own), lazy.get()];
+      controllers[which]!.abort("enough");
+      for (const attempt of attempts) {
+        assertEquals(await thrownBy(attempt), "enough");
+      }
+      if (which === 1) assertEquals(await thrownBy(lazy.get()), "enough");
+    });
   }
+});
+
+test("LazyConnection never aborts the opener's signal once it has lent", async () => {
+  const { lazy, calls } = driven();
   const controller = new AbortController();
-  const lazy = new LazyConnection({ port: 1, signal: controller.signal });
-  const connect = lazy.get();
-  controller.abort("enough");
-  assertEquals(await assertRejects(() => connect), "enough");
-  connected = undefined;
-  assertEquals(await assertRejects(() => lazy.connect()), "enough");
-  assertEquals(connected, undefined);
-});
-
-test("LazyConnection.connect() waits for an opener that ignores its signal", async () => {
-  const control = new Control();
-  const { lazy } = control;
-  const controller = new AbortController();
-  const connect = assertRejects(() => lazy.connect(controller));
-  controller.abort("enough");
-  assert(await isPending(connect));
-  await assertRejects(() => lazy.connect(), AlreadyExists);
-
-  const late = new Fake();
-  control.answer.resolve(late);
-  assertEquals(await connect, "enough");
-  assertEquals(late.calls, ["asyncDispose"]);
-  assertEquals(Reflect.ownKeys(late), ["calls"]);
-  lazy.connect();
-  assertEquals(control.calls, 2);
-});
-
-test("LazyConnection.connect() closes what comes late, if it is no other task's", async () => {
-  const control = new Control();
-  const { lazy } = control;
-  const pooled = new Fake();
-  const late = async () => {
-    const controller = new AbortController();
-    const connect = lazy.run(() => lazy.connect(controller));
-    controller.abort("enough");
-    control.answer.resolve(pooled);
-    assertEquals(await assertRejects(() => connect), "enough");
-  };
-  const first = lazy.connect();
-  control.answer.resolve(pooled);
-  await first;
-  await late(); // still the main task's
-  assertEquals(pooled.calls, []);
-  (await first)[Symbol.dispose]();
-  await late();
-  assertEquals(pooled.calls, ["dispose", "asyncDispose"]);
-});
-
-test("LazyConnection.connect() rejects in the disposal of what comes late", async () => {
-  const control = new Control<AsyncDisposable>();
-  const { lazy } = control;
-  const controller = new AbortController();
-  const connect = lazy.connect(controller);
-  controller.abort("enough");
-  let refused = 0;
-  control.answer.resolve({
-    async [Symbol.asyncDispose]() {
-      await assertRejects(() => lazy.get(), AlreadyExists);
-      refused++;
-    },
-  });
-  assertEquals(await assertRejects(() => connect), "enough");
-  assertEquals(refused, 1);
-});
-
-test("LazyConnection.connect() keeps the reason if closing fails too", async () => {
-  const control = new Control<Stuck>();
-  const { lazy } = control;
-  const controller = new AbortController();
-  const connect = lazy.connect(controller);
-  controller.abort("enough");
-  const late = new Stuck();
-  control.answer.resolve(late);
-  const both = await assertRejects(() => connect, SuppressedError);
-  assertStrictEquals(both.suppressed, "enough");
-  assertStrictEquals(both.error, late.error);
-  lazy.connect();
-  assertEquals(control.calls, 2);
-});
-
-test("LazyConnection.connect() never aborts the opener's signal after it has opened", async () => {
-  const own = new AbortController();
-  const options = new AbortController();
-  const signals: AbortSignal[] = [];
-  const fake = new Fake();
-  using _stub = stubConnect(({ signal }) => {
-    signals.push(signal!);
-    // A Fake will do for a TcpConn
-    return Promise.resolve(fake as unknown as Deno.TcpConn);
-  });
-  const lazy = new LazyConnection({ port: 1, signal: options.signal });
   await lazy.run(async () => {
-    const conn = await lazy.connect(own);
-    own.abort();
-    options.abort();
+    const connect = lazy.connect(controller);
+    calls[0]!.lend(new Fake()).catch(() => {});
+    const conn = await connect;
+    controller.abort();
+    await settled();
     assertStrictEquals(lazy.current, conn);
+    const closing = conn[Symbol.asyncDispose]();
+    const disposal = lazy[Symbol.asyncDispose]();
+    calls[0]!.resolve();
+    await Promise.all([closing, disposal]);
   });
-  await lazy[Symbol.asyncDispose]();
-  assertEquals(signals.map(({ aborted }) => aborted), [false]);
-  assertEquals(fake.calls, ["asyncDispose"]);
+  assertEquals(calls[0]!.signal.aborted, false);
 });
 
-test("LazyConnection.connect() never aborts the opener's signal while closing", async () => {
-  const control = new Control<Slow>();
-  const { lazy } = control;
-  const slow = new Slow();
-  const run = lazy.run(async () => {
-    const connect = lazy.connect();
-    control.answer.resolve(slow);
-    (await connect)[Symbol.asyncDispose]();
-  });
-  assert(await isPending(run));
-  const disposal = lazy[Symbol.asyncDispose]();
-  slow.closing.resolve();
-  await Promise.all([run, disposal]);
-  assertEquals(control.signal.aborted, false);
+test("LazyConnection never aborts the signal of an opener that has failed", async () => {
+  const { lazy, calls } = driven();
+  const controller = new AbortController();
+  const connect = lazy.connect(controller);
+  calls[0]!.reject(new Error("opener"));
+  await assertRejects(() => connect, Error, "opener");
+  controller.abort();
+  await lazy[Symbol.asyncDispose]();
+  assertEquals(calls[0]!.signal.aborted, false);
+  await assertRejects(() => calls[0]!.lend(new Fake()), Error, "opener");
 });
 
 test("LazyConnection.connect() adds no listener to a signal that attempts share", async () => {
@@ -1314,62 +999,343 @@ test("LazyConnection.connect() adds no listener to a signal that attempts share"
   const { signal } = controller;
   let listeners = 0;
   signal.addEventListener = () => listeners++;
-  const lazy = new LazyConnection<Fake>(never);
+  const { lazy } = driven();
   const attempts = Array.from(
     { length: 100 },
-    () => assertRejects(() => lazy.run(() => lazy.connect({ signal }))),
+    () => thrownBy(lazy.run(() => lazy.connect({ signal }))),
   );
   controller.abort("enough");
   assertEquals(await Promise.all(attempts), Array(100).fill("enough"));
   assertEquals(listeners, 0);
 });
 
-// Sockets
-
-netTest(
-  "LazyConnection.connect() gives each task a TcpConn of its own",
-  async () => {
-    using listener = Deno.listen(loopback);
-    const lazy = new LazyConnection({ ...loopback, port: listener.addr.port });
-    const port = async () => {
-      await using conn = await lazy.connect();
-      assertStrictEquals(lazy.current, conn);
-      assertEquals(conn.remoteAddr.port, listener.addr.port);
-      using server = await listener.accept();
-      await conn.write(new Uint8Array(3));
-      assertEquals(await server.read(new Uint8Array(9)), 3);
-      return conn.localAddr.port;
-    };
-    const [a, b] = await Promise.all([lazy.run(port), lazy.run(port)]);
-    assertNotEquals(a, b);
-  },
-);
-
-netTest("LazyConnection.connect() closes a TcpConn in each way", async () => {
-  using listener = Deno.listen(loopback);
-  const lazy = new LazyConnection({ port: listener.addr.port });
-  for (const key of [Symbol.dispose, Symbol.asyncDispose] as const) {
-    const conn = await lazy.connect();
-    using server = await listener.accept();
-    await conn[key]();
-    assertEquals(await server.read(new Uint8Array(1)), null);
-    await assertRejects(() => conn.write(new Uint8Array(1)), BadResource);
-    await assertFree(lazy);
-    (await listener.accept()).close();
+test("LazyConnection does not call the opener for an attempt that was cancelled while it waited", async (t) => {
+  const ways: Record<string, (way: Way) => unknown> = {
+    "by its signal": ({ controller }) => controller.abort(new Error("enough")),
+    "by the end of the task": ({ end }) => end.resolve(),
+    "by disposal": ({ lazy }) => lazy[Symbol.asyncDispose](),
+  };
+  type Way = {
+    lazy: LazyConnection<Fake>;
+    controller: AbortController;
+    end: PromiseWithResolvers<void>;
+  };
+  for (const [name, cancel] of Object.entries(ways)) {
+    await t.step(name, async () => {
+      const { lazy, calls } = driven();
+      const controller = new AbortController();
+      const end = Promise.withResolvers<void>();
+      let waiting: Promise<unknown> | undefined;
+      const run = lazy.run(async () => {
+        const connect = lazy.connect();
+        calls[0]!.lend(new Fake());
+        (await connect)[Symbol.dispose]();
+        waiting = reasonOf(lazy.connect(controller));
+        await end.promise;
+      });
+      await settled();
+      const cancelled = cancel({ lazy, controller, end });
+      assertInstanceOf(await waiting, Error);
+      calls[0]!.resolve();
+      end.resolve();
+      await Promise.all([run, cancelled]);
+      assertEquals(calls.length, 1);
+    });
   }
 });
 
+test("LazyConnection keeps its promises whenever an attempt ends", async (t) => {
+  type Way = {
+    lazy: LazyConnection<Fake>;
+    controller: AbortController;
+    end: PromiseWithResolvers<void>;
+  };
+  const ways: Record<string, (way: Way) => unknown> = {
+    "by its signal": ({ controller }) => controller.abort("enough"),
+    "by the end of the task": ({ end }) => end.resolve(),
+    "by disposal": ({ lazy }) => lazy[Symbol.asyncDispose](),
+  };
+  for (const [name, finish] of Object.entries(ways)) {
+    await t.step(name, async () => {
+      for (let ticks = 0; ticks < 20; ticks++) {
+        const fakes: Fake[] = [];
+        let signal: AbortSignal | undefined;
+        const lazy = new LazyConnection<Fake>(async (lend, given) => {
+          signal = given;
+          await settled(5);
+          await opener((fake) => lend(fakes[fakes.push(fake) - 1]!));
+        });
+        const controller = new AbortController();
+        const end = Promise.withResolvers<void>();
+        let attempts: Promise<Fake>[] = [];
+        const run = lazy.run(async () => {
+          attempts = [lazy.connect(controller), lazy.get()];
+          await end.promise;
+        });
+        run.catch(() => {});
+        await settled(ticks);
+        const finished = finish({ lazy, controller, end });
+        await settled();
+        end.resolve();
+        const [ran] = await Promise.allSettled([run]);
+        const [connect, get] = await Promise.allSettled(attempts);
+        await finished;
+        const at = `after ${ticks} microtasks`;
+        assertEquals(get, connect, at);
+        assertEquals(signal!.aborted, connect!.status === "rejected", at);
+        const [fake] = fakes;
+        const committed = fake!.outcome === "committed";
+        if (connect!.status === "rejected") {
+          assertStrictEquals(fake!.outcome, connect!.reason, at);
+        } else assertEquals(committed, ran.status === "fulfilled", at);
+      }
+    });
+  }
+});
+
+// [Symbol.asyncDispose]()
+
+test("LazyConnection[Symbol.asyncDispose]() closes and cancels everything, and waits for it", async () => {
+  const { lazy, calls } = driven();
+  const end = Promise.withResolvers<void>();
+  const task = async (ask: "get" | "connect") => {
+    await lazy[ask]();
+    await end.promise;
+  };
+  const main = lazy.connect();
+  const runs = ["get", "connect"].map((ask) =>
+    reasonOf(lazy.run(task, ask as "get" | "connect"))
+  );
+  const idle = lazy.run(() => end.promise);
+  const opening = lazy.run(() => lazy.get());
+  const floating = lazy.run(async () => {
+    lazy.get(); // nobody awaits it, and the process goes on
+    await end.promise;
+  });
+  const lent = calls.slice(0, 3).map(({ lend }) => lend(new Fake()));
+  await main;
+
+  const disposal = lazy[Symbol.asyncDispose]();
+  const again = lazy[Symbol.asyncDispose]();
+  for (const promise of [...lent, opening]) {
+    await assertRejects(() => promise, BadResource, DISPOSED);
+  }
+  assertEquals(lazy.current, undefined);
+  await assertRejects(() => lazy.connect(), BadResource, DISPOSED);
+  let started = false;
+  const late = lazy.run(() => started = true);
+  await assertRejects(() => late, BadResource, DISPOSED);
+  assertEquals(started, false);
+  for (const { lend, signal } of calls.slice(3)) {
+    assertStrictEquals(await reasonOf(lend(new Fake())), signal.reason);
+  }
+  for (const { resolve } of calls) {
+    assert(await isPending(disposal));
+    assert(await isPending(again));
+    resolve();
+  }
+  await Promise.all([disposal, again]);
+
+  end.resolve();
+  for (const run of runs) {
+    assertInstanceOf(await run, BadResource);
+  }
+  await Promise.all([idle, floating]); // they had no connection
+});
+
+test("LazyConnection[Symbol.asyncDispose]() refuses a task that is going on", async () => {
+  const lazy = new LazyConnection<Fake>(opener);
+  await lazy.run(async () => {
+    await lazy[Symbol.asyncDispose]();
+    await assertRejects(() => lazy.get(), BadResource, DISPOSED);
+    await assertRejects(() => lazy.connect(), BadResource, DISPOSED);
+    assertEquals(await lazy.runOrJoin(() => 1), 1);
+  });
+});
+
+test("LazyConnection[Symbol.asyncDispose]() leaves the task its own error", async () => {
+  const lazy = new LazyConnection<Fake>(opener);
+  const error = new Error("task");
+  const run = lazy.run(async () => {
+    await lazy.get();
+    await lazy[Symbol.asyncDispose]();
+    throw error;
+  });
+  assertStrictEquals(await reasonOf(run), error);
+});
+
+test("LazyConnection[Symbol.asyncDispose]() lets a task that has ended commit", async () => {
+  const { lazy, calls } = driven();
+  const run = lazy.run(async () => {
+    const get = lazy.get();
+    calls[0]!.lend(new Fake());
+    await get;
+  });
+  await settled();
+  const disposal = lazy[Symbol.asyncDispose]();
+  assert(await isPending(disposal));
+  const error = new Error("COMMIT refused");
+  calls[0]!.reject(error);
+  assertStrictEquals(await reasonOf(run), error); // who has been told
+  await disposal;
+});
+
+test("LazyConnection[Symbol.asyncDispose]() reports every error of closing", async () => {
+  const { lazy, calls } = driven();
+  const errors = ["a", "b", "c"].map((name) => new Error(name));
+  const controller = new AbortController();
+  const attempts = [
+    lazy.run(() => lazy.connect(controller)),
+    ...errors.map(() => lazy.run(() => lazy.get().then(() => delay(2)))),
+  ];
+  const rejected = Promise.allSettled(attempts);
+  controller.abort(new Error("enough"));
+  await settled();
+  const lent = calls.slice(2).map(({ lend }) => lend(new Fake()));
+  await settled();
+  const disposal = lazy[Symbol.asyncDispose]();
+  calls[0]!.reject(new SuppressedError(errors[0], controller.signal.reason));
+  calls[1]!.reject(errors[1]);
+  calls[2]!.reject(errors[2]);
+  await delay(1); // no error goes unhandled for as long as another one closes
+  calls[3]!.reject(new Error("wrapped", { cause: await reasonOf(lent[1]!) }));
+  const outer = await assertRejects(() => disposal, SuppressedError);
+  const inner = outer.suppressed as SuppressedError;
+  const reported = [inner.suppressed, inner.error, outer.error];
+  assertEquals(new Set(reported), new Set(errors));
+  await rejected;
+});
+
+test("LazyConnection[Symbol.asyncDispose]() reports what failed in the main task, and was told to nobody", async (t) => {
+  const error = new Error("closing");
+  const ways: Record<string, (conn: Disposable) => void> = {
+    "after `using`": (conn) => conn[Symbol.dispose](),
+    "before the block is left": () => {},
+  };
+  for (const [name, leave] of Object.entries(ways)) {
+    for (const early of [true, false]) {
+      await t.step(`${name}, ${early}`, async () => {
+        const { lazy, calls } = driven();
+        const connect = lazy.connect();
+        calls[0]!.lend(new Fake());
+        leave(await connect);
+        if (early) calls[0]!.reject(error);
+        if (early) await settled();
+        const disposal = reasonOf(lazy[Symbol.asyncDispose]());
+        calls[0]!.reject(error);
+        assertStrictEquals(await disposal, error);
+      });
+    }
+  }
+});
+
+test("LazyConnection[Symbol.asyncDispose]() waits for the opener that calls it", async () => {
+  let disposal: Promise<void> | undefined;
+  let closed = false;
+  const lazy: LazyConnection<Fake> = new LazyConnection<Fake>(async (lend) => {
+    disposal = lazy[Symbol.asyncDispose]();
+    await assertRejects(() => lend(new Fake()), BadResource, DISPOSED);
+    await delay(1);
+    closed = true;
+  });
+  await assertRejects(() => lazy.connect(), BadResource, DISPOSED);
+  await disposal;
+  assert(closed);
+});
+
+test("LazyConnection[Symbol.asyncDispose]() has nothing to do with tasks that are over", async () => {
+  const lazy = new LazyConnection<Fake>(opener);
+  for (let i = 0; i < 1_000; i++) await lazy.run(() => lazy.get());
+  // It would take longer to wait for a thousand, one by one
+  assert(!await isPending(lazy[Symbol.asyncDispose]()));
+});
+
+// revocable()
+
+test("revocable() lends what works until lend() settles", async () => {
+  class Client {
+    sql: string[] = [];
+    query(sql: string) {
+      this.sql.push(sql);
+    }
+  }
+  for (const error of [undefined, new Error("task")]) {
+    const client = new Client();
+    let lent: Client | undefined;
+    const transaction = async (fn: (client: Client) => Promise<void>) => {
+      await fn(client).finally(() => {
+        assertThrows(() => lent!.query("late"), TypeError);
+        client.query("end");
+      });
+    };
+    const lazy = new LazyConnection<Client>((lend) =>
+      transaction(revocable(lend))
+    );
+    const run = lazy.run(async () => {
+      lent = await lazy.get();
+      lent.query("in time");
+      assertStrictEquals(lazy.current, lent);
+      if (error) throw error;
+    });
+    assertStrictEquals(await run.catch((error) => error), error);
+    assertEquals(client.sql, ["in time", "end"]);
+  }
+});
+
+test("revocable() works for a function, and in a block", async () => {
+  const sql = Object.assign((text: TemplateStringsArray) => text[0], {
+    [Symbol.dispose]() {},
+  });
+  const { [Symbol.dispose]: dispose } = sql;
+  const lazy = new LazyConnection<typeof sql>((lend) => revocable(lend)(sql));
+  const conn = await lazy.connect();
+  assertEquals(conn`SELECT 1`, "SELECT 1");
+  await conn[Symbol.asyncDispose]();
+  assertThrows(() => conn`SELECT 2`, TypeError);
+  assertStrictEquals(sql[Symbol.dispose], dispose);
+});
+
+// Sockets
+
+const loopback = { hostname: "127.0.0.1", port: 0 };
+
+function netTest(name: string, fn: (t: Deno.TestContext) => Promise<void>) {
+  const net = Deno.permissions.querySync({ name: "net", host: "127.0.0.1" });
+  if (net.state === "granted") test(name, fn);
+  else Deno.test.ignore(name, fn);
+}
+
 netTest(
-  "LazyConnection.connect() frees a task whose TcpConn was closed by hand",
+  "LazyConnection opens a TcpConn for each task, and closes it",
   async () => {
     using listener = Deno.listen(loopback);
-    const lazy = new LazyConnection({ port: listener.addr.port });
-    {
-      await using conn = await lazy.connect();
-      conn.close();
-      await assertRejects(() => lazy.connect(), AlreadyExists);
+    await using lazy = new LazyConnection({ port: listener.addr.port });
+    const ways: Record<string, () => Promise<Deno.TcpConn>> = {
+      "using": async () => {
+        using conn = await lazy.connect();
+        return conn;
+      },
+      "await using": async () => {
+        await using conn = await lazy.connect();
+        return conn;
+      },
+      "closed by hand": async () => {
+        await using conn = await lazy.connect();
+        conn.close();
+        await assertRejects(() => lazy.connect(), AlreadyExists);
+        return conn;
+      },
+      "the end of the task": () => lazy.run(() => lazy.get()),
+    };
+    const ports = new Set<number>();
+    for (const way of Object.values(ways)) {
+      const conn = await way();
+      ports.add(conn.localAddr.port);
+      using server = await listener.accept();
+      assertEquals(await server.read(new Uint8Array(1)), null);
+      await assertRejects(() => conn.write(new Uint8Array(1)), BadResource);
     }
-    await assertFree(lazy);
+    assertEquals(ports.size, 4);
   },
 );
 
@@ -1381,13 +1347,13 @@ netTest(
     const controller = new AbortController();
     const connect = lazy.connect(controller);
     controller.abort("enough");
-    assertEquals(await assertRejects(() => connect), "enough");
-    await assertFree(lazy);
+    assertEquals(await thrownBy(connect), "enough");
+    await lazy[Symbol.asyncDispose]();
   },
 );
 
 netTest(
-  "LazyConnection.connect() closes a socket that opened as its signal aborted",
+  "LazyConnection closes a socket that opened as its signal aborted",
   async () => {
     using listener = Deno.listen(loopback);
     const controller = new AbortController();
@@ -1403,8 +1369,8 @@ netTest(
       }
     });
     const lazy = new LazyConnection({ port: listener.addr.port });
-    const attempt = assertRejects(() => lazy.connect(controller));
-    assertEquals(await attempt, "enough");
+    assertEquals(await thrownBy(lazy.connect(controller)), "enough");
+    await lazy[Symbol.asyncDispose]();
     await assertRejects(() => conn!.write(new Uint8Array(1)), BadResource);
   },
 );
@@ -1415,10 +1381,8 @@ netTest(
     using listener = Deno.listen(loopback);
     const lazy = new LazyConnection({ port: listener.addr.port });
     const all = Promise.withResolvers<void>();
-    let open = 0;
     const echo = async (id: number) => {
-      await using conn = await lazy.connect();
-      open++;
+      const conn = await lazy.get();
       await all.promise;
       await (await lazy.get()).write(new TextEncoder().encode(`task ${id}`));
       await conn.closeWrite();
@@ -1432,460 +1396,16 @@ netTest(
       const conn = await listener.accept();
       served.push(conn.readable.pipeTo(conn.writable));
     }
-    while (open < ids.length) await delay(1);
     all.resolve();
     assertEquals(await Promise.all(echoes), ids.map((id) => `task ${id}`));
     await Promise.all(served);
   },
 );
 
-// The end of the LazyConnection
-
-test("LazyConnection[Symbol.asyncDispose]() closes and cancels everything", async () => {
-  const control = new Control<Slow>();
-  const { lazy } = control;
-  const open = [new Slow(), new Slow()];
-  const main = lazy.connect();
-  control.answer.resolve(open[0]!);
-  await main;
-  const end = Promise.withResolvers<void>();
-  const task = lazy.run(async () => {
-    const connect = lazy.connect();
-    control.answer.resolve(open[1]!);
-    await connect;
-    await end.promise;
-  });
-  const opening = assertRejects(() => lazy.run(() => lazy.connect()));
-  await settled();
-
-  const disposal = lazy[Symbol.asyncDispose]();
-  assertEquals(open.map((slow) => slow.closings), [1, 1]);
-  const { reason } = control.signal;
-  assertInstanceOf(reason, BadResource);
-  assertEquals(reason.message, DISPOSED);
-  assertEquals(lazy.current, undefined);
-  await assertRejects(() => lazy.connect(), BadResource, DISPOSED);
-  await assertRejects(() => lazy.get(), BadResource, DISPOSED);
-  let started = false;
-  const run = () => lazy.run(() => started = true);
-  const message = "Cannot run a task: the LazyConnection has been disposed of";
-  await assertRejects(run, BadResource, message);
-  assertEquals(started, false);
-
-  const again = lazy[Symbol.asyncDispose]();
-  for (const slow of open) slow.closing.resolve();
-  assert(await isPending(disposal));
-  assert(await isPending(again));
-  const late = new Slow();
-  control.answer.resolve(late);
-  late.closing.resolve();
-  await Promise.all([disposal, again]);
-  assertStrictEquals(await opening, reason);
-  assertEquals([...open, late].map((slow) => slow.closings), [1, 1, 1]);
-  end.resolve();
-  await task;
-  await lazy[Symbol.asyncDispose]();
-});
-
-test("LazyConnection[Symbol.asyncDispose]() closes each connection inside its task", async () => {
-  const seen: unknown[] = [];
-  const lazy: LazyConnection<Disposable> = new LazyConnection(() => ({
-    [Symbol.dispose]: () => seen.push(lazy.current),
-  }));
-  await lazy.connect(); // the first to be closed, while the task's is open
-  await lazy.run(async () => {
-    await lazy.connect();
-    await lazy[Symbol.asyncDispose]();
-  });
-  assertEquals(seen, [undefined, undefined]);
-});
-
-test("LazyConnection[Symbol.asyncDispose]() has nothing to do with tasks that are free", async () => {
-  const lazy = new LazyConnection(() => new Fake());
-  for (let i = 0; i < 1_000; i++) await lazy.run(() => lazy.connect());
-  // It would take longer to wait for a thousand, one by one
-  assert(!await isPending(lazy[Symbol.asyncDispose]()));
-});
-
-test("LazyConnection[Symbol.asyncDispose]() reports every error of closing", async () => {
-  const stuck = Array.from({ length: 3 }, () => new Stuck());
-  const slow = new Slow();
-  const opener = [...stuck, slow].values();
-  const lazy = new LazyConnection(() => opener.next().value!);
-  const end = Promise.withResolvers<void>();
-  const task = async () => {
-    await lazy.connect();
-    await end.promise;
-  };
-  const tasks = [...stuck, slow].map(() => lazy.run(task));
-  await settled();
-  const all = lazy[Symbol.asyncDispose]();
-  await delay(1); // no error goes unhandled for as long as another one closes
-  slow.closing.resolve();
-  const outer = await assertRejects(() => all, SuppressedError);
-  const inner = outer.suppressed as SuppressedError;
-  const reported = [outer.error, inner.error, inner.suppressed];
-  assertEquals(new Set(reported), new Set(stuck.map((stuck) => stuck.error)));
-  end.resolve();
-  await Promise.all(tasks);
-
-  const one = new LazyConnection(() => stuck[0]!);
-  await one.connect();
-  const disposal = assertRejects(() => one[Symbol.asyncDispose]());
-  assertStrictEquals(await disposal, stuck[0]!.error);
-});
-
-// Timing
-
-test("LazyConnection keeps its promises whenever an attempt ends", async (t) => {
-  const ends: Record<string, (run: Run) => unknown> = {
-    "by its task": ({ end }) => end.resolve(),
-    "by its signal": ({ controller }) => controller.abort("enough"),
-    "by the disposal of everything": ({ lazy }) => lazy[Symbol.asyncDispose](),
-  };
-  type Run = {
-    lazy: LazyConnection<Fake>;
-    end: PromiseWithResolvers<void>;
-    controller: AbortController;
-  };
-  for (const [name, finish] of Object.entries(ends)) {
-    await t.step(name, async () => {
-      for (let ticks = 0; ticks < 30; ticks++) {
-        const conns: Fake[] = [];
-        const signals: AbortSignal[] = [];
-        const lazy = new LazyConnection(async (signal) => {
-          signals.push(signal);
-          await settled(5);
-          conns.push(new Fake());
-          return conns.at(-1)!;
-        });
-        const end = Promise.withResolvers<void>();
-        const controller = new AbortController();
-        const outcomes: PromiseSettledResult<Fake>[] = [];
-        const run = lazy.run(async () => {
-          const attempts = [lazy.connect(controller), lazy.get()];
-          const all = Promise.allSettled(attempts);
-          all.then((settled) => outcomes.push(...settled));
-          await end.promise;
-        });
-        await settled(ticks);
-        finish({ lazy, end, controller });
-        await settled();
-        end.resolve();
-        await run;
-        await lazy[Symbol.asyncDispose]();
-        const at = `after ${ticks} microtasks`;
-        assertEquals(conns.map(({ calls }) => calls), [["asyncDispose"]], at);
-        const [connect, get] = outcomes;
-        assertEquals(get, connect, at);
-        assertEquals(signals[0]!.aborted, connect!.status === "rejected", at);
-      }
-    });
-  }
-});
-
-// Random schedules
-
-/** Numbers from 0 up to but not including `n`, the same ones for the same seed. */
-function random(seed: number): (n: number) => number {
-  return (n) => { // mulberry32
-    seed = (seed + 0x6D2B79F5) | 0;
-    let t = Math.imul(seed ^ (seed >>> 15), seed | 1);
-    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
-    return ((t ^ (t >>> 14)) >>> 0) % n;
-  };
-}
-
-/** A connection that knows whether it is open; it may be slow to close. */
-class Client implements Disposable, AsyncDisposable {
-  state: "open" | "closing" | "closed" = "closed";
-  closing = Promise.withResolvers<void>();
-  open() {
-    assertEquals(this.state, "closed");
-    this.state = "open";
-    this.closing = Promise.withResolvers();
-  }
-  [Symbol.dispose]() {
-    assertEquals(this.state, "open");
-    this.state = "closed";
-  }
-  async [Symbol.asyncDispose]() {
-    assertEquals(this.state, "open");
-    this.state = "closing";
-    await this.closing.promise;
-    this.state = "closed";
-  }
-}
-
-/** What a schedule knows of a task, without asking the LazyConnection. */
-class Actor {
-  state: "free" | "opening" | "open" | "closing" = "free";
-  ended = false;
-  /** Calls a function inside the task. */
-  enter = <T>(fn: () => T): T => fn();
-  readonly end = Promise.withResolvers<void>();
-  run: Promise<void> = this.end.promise;
-  /** The last attempt: what aborts its signal, if it has one. */
-  controller: AbortController | undefined;
-  /** What answers for its opener, until it has. */
-  answer: PromiseWithResolvers<Client> | undefined;
-  client: Client | undefined;
-  /** Why it failed or is going to. */
-  reason: unknown;
-  /** Why it may have been cancelled: the answer came only just before. */
-  race: unknown;
-  racing = false;
-  /** What those who wait for it got, `undefined` until then. */
-  outcomes: { value: unknown }[] = [];
-}
-
-/** Drives random steps, and checks after them that what must hold does hold. */
-class Schedule {
-  readonly log: string[] = [];
-  readonly #pick: (n: number) => number;
-  readonly #clients: Client[] = [];
-  readonly #late: (() => unknown)[] = [];
-  readonly #refusals: Promise<unknown>[] = [];
-  readonly #main = new Actor();
-  readonly #lazy: LazyConnection<Client>;
-  readonly #actors: Actor[];
-  #calling: Actor | undefined;
-  #disposal: Promise<void> | undefined;
-
-  constructor(seed: number) {
-    this.#pick = random(seed);
-    this.#lazy = new LazyConnection((signal) => this.#open(signal));
-    this.#actors = [this.#main, this.#start(), this.#start(), this.#start()];
-  }
-
-  async run(): Promise<void> {
-    const names = Object.keys(this.#steps);
-    for (let i = 0; i < 60; i++) {
-      this.#step(names[this.#pick(names.length)]!);
-      if (this.#pick(2) === 0) {
-        const ticks = this.#pick(30);
-        this.log.push(`${ticks} ticks`);
-        await settled(ticks);
-        this.#step(["abort", "end", "dispose"][this.#pick(3)]!);
-      }
-      await settled();
-      await this.#check();
-    }
-    // Whatever is left over comes to its end
-    this.#disposal ??= this.#lazy[Symbol.asyncDispose]();
-    for (const { answer } of this.#actors) answer?.reject(new Error("over"));
-    for (const { closing } of this.#clients) closing.resolve();
-    for (const { end } of this.#actors) end.resolve();
-    await Promise.all([this.#disposal, ...this.#actors.map(({ run }) => run)]);
-    for (const { state } of this.#clients) assertEquals(state, "closed");
-  }
-
-  #step(name: string) {
-    const i = this.#pick(this.#actors.length);
-    this.log.push(`${name} ${i}`);
-    this.#steps[name]!(this.#actors[i]!);
-  }
-
-  #start(): Actor {
-    const actor = new Actor();
-    actor.run = this.#lazy.run(() => {
-      actor.enter = AsyncLocalStorage.snapshot();
-      return actor.end.promise;
-    });
-    return actor;
-  }
-
-  #open(signal: AbortSignal): Promise<Client> {
-    const actor = this.#calling!;
-    assertEquals(actor.state, "free"); // never a second one
-    const answer = Promise.withResolvers<Client>();
-    actor.state = "opening";
-    actor.answer = answer;
-    actor.controller = actor.client = actor.reason = undefined;
-    actor.outcomes = [];
-    if (this.#pick(2) === 0) { // half of them heed their signal
-      signal.addEventListener("abort", () => {
-        if (actor.answer !== answer) return;
-        this.#reject(actor, signal.reason);
-      });
-    }
-    return answer.promise;
-  }
-
-  #ask(actor: Actor, ask: () => Promise<Client>, joins: boolean) {
-    const { state, answer } = actor;
-    const refused = this.#disposal || actor.ended
-      ? BadResource
-      : state === "free" || joins && state !== "closing"
-      ? undefined
-      : AlreadyExists;
-    this.#calling = actor;
-    const asked = actor.enter(ask);
-    this.#calling = undefined;
-    if (refused) {
-      assertStrictEquals(actor.answer, answer);
-      this.#refusals.push(assertRejects(() => asked, refused));
-      return;
-    }
-    const outcome: { value: unknown } = { value: undefined };
-    actor.outcomes.push(outcome);
-    const settle = (value: unknown) => outcome.value = value;
-    asked.then(settle, settle);
-  }
-
-  #reject(actor: Actor, reason: unknown) {
-    actor.reason ??= reason;
-    actor.state = "free";
-    actor.racing = true;
-    actor.answer!.reject(reason);
-    actor.answer = undefined;
-  }
-
-  #cancel(actor: Actor, reason: unknown) {
-    if (actor.state === "opening") actor.reason ??= reason;
-    else if (actor.racing) actor.race = reason;
-  }
-
-  #finish(actor: Actor) {
-    this.#cancel(actor, BadResource);
-    if (actor.state === "open") actor.state = "closing";
-  }
-
-  readonly #steps: Record<string, (actor: Actor) => void> = {
-    connect: (actor) => {
-      const { state } = actor;
-      const controller = new AbortController();
-      this.#ask(actor, () => this.#lazy.connect(controller), false);
-      if (actor.state !== state) actor.controller = controller;
-    },
-    get: (actor) => this.#ask(actor, () => this.#lazy.get(), true),
-    resolve: (actor) => {
-      if (!actor.answer) return;
-      const pooled = this.#clients.filter(({ state }) => state === "closed");
-      let client = pooled[this.#pick(2 * pooled.length)];
-      if (!client) this.#clients.push(client = new Client());
-      client.open();
-      actor.client = client;
-      actor.racing = actor.reason === undefined;
-      actor.state = actor.racing ? "open" : "closing";
-      actor.answer.resolve(client);
-      actor.answer = undefined;
-    },
-    reject: (actor) => {
-      if (actor.answer) this.#reject(actor, new Error("opener"));
-    },
-    abort: (actor) => {
-      if (!actor.controller || actor.controller.signal.aborted) return;
-      const reason = new Error("abort");
-      this.#cancel(actor, reason);
-      actor.controller.abort(reason);
-    },
-    close: (actor) => {
-      if (actor.state !== "open") return;
-      const { [Symbol.dispose]: dispose, [Symbol.asyncDispose]: asyncDispose } =
-        actor.client!;
-      this.#late.push(dispose, asyncDispose);
-      const now = this.#pick(2) === 0;
-      actor.state = now ? "free" : "closing";
-      if (now) dispose();
-      else asyncDispose();
-    },
-    finishClosing: (actor) => {
-      if (actor.state !== "closing") return;
-      actor.client!.closing.resolve();
-      actor.state = "free";
-    },
-    closeLate: () => {
-      this.#late[this.#pick(this.#late.length)]?.();
-    },
-    end: (actor) => {
-      if (actor === this.#main || actor.ended) return;
-      actor.ended = true;
-      this.#finish(actor);
-      actor.end.resolve();
-    },
-    restart: (actor) => {
-      const i = this.#actors.indexOf(actor);
-      if (this.#disposal || !actor.ended || actor.state !== "free") return;
-      this.#actors[i] = this.#start();
-    },
-    dispose: (actor) => {
-      if (actor !== this.#main || this.#pick(4) > 0) return;
-      for (const actor of this.#actors) this.#finish(actor);
-      this.#disposal ??= this.#lazy[Symbol.asyncDispose]();
-    },
-  };
-
-  /** Learns who has won, where cancelling raced with the opener's answer. */
-  #settleRace(actor: Actor) {
-    const { race, outcomes: [first] } = actor;
-    actor.racing = false;
-    actor.race = undefined;
-    if (race === undefined) return;
-    if (actor.reason !== undefined) { // it fails for one reason or the other
-      if (!fits(first?.value, actor.reason)) actor.reason = race;
-    } else if (first?.value === undefined) { // cancelled, and closing
-      actor.reason = race;
-      actor.state = "closing";
-    }
-  }
-
-  async #check() {
-    await Promise.all(this.#refusals.splice(0));
-    for (const [i, actor] of this.#actors.entries()) {
-      this.#settleRace(actor);
-      const { state, client, reason, outcomes } = actor;
-      const at = `task ${i}, ${state}`;
-      const open = state === "open" ? client : undefined;
-      assertStrictEquals(actor.enter(() => this.#lazy.current), open, at);
-      if (client && state !== "free") assertEquals(client.state, state, at);
-      const pending = state === "opening" ||
-        state === "closing" && reason !== undefined;
-      const expected = pending ? undefined : reason ?? client;
-      for (const { value } of outcomes) assert(fits(value, expected), at);
-      const over = actor.ended && state === "free";
-      if (actor !== this.#main) {
-        assertEquals(!await isPending(actor.run), over, at);
-      }
-    }
-    const held = this.#actors.filter(({ state }) =>
-      state === "open" || state === "closing"
-    );
-    const unclosed = this.#clients.filter(({ state }) => state !== "closed");
-    assertEquals(new Set(unclosed), new Set(held.map(({ client }) => client!)));
-    if (this.#disposal) {
-      const free = this.#actors.every(({ state }) => state === "free");
-      assertEquals(!await isPending(this.#disposal), free);
-    }
-  }
-}
-
-/** Whether an outcome is the expected one, of which `BadResource` is a class. */
-function fits(value: unknown, expected: unknown): boolean {
-  return value === expected ||
-    expected === BadResource && value instanceof BadResource;
-}
-
-test("LazyConnection keeps its promises whatever the schedule", async () => {
-  const seed = Deno.args[0];
-  const first = seed === undefined ? Date.now() % 1e9 : Number(seed);
-  const count = seed === undefined ? 200 : 1;
-  for (let seed = first; seed < first + count; seed++) {
-    const schedule = new Schedule(seed);
-    try {
-      await schedule.run();
-    } catch (cause) {
-      const steps = schedule.log.join(", ");
-      const message = `Replay with deno task test -- ${seed}: ${steps}`;
-      throw new Error(message, { cause });
-    }
-  }
-});
-
 // The demo
 
 netTest(
-  "demo shows two connections at once, a refusal and a cancellation",
+  "demo shows two connections at once, and what else a LazyConnection does",
   async () => {
     const lines: string[] = [];
     await main([], (line) => lines.push(line));
@@ -1901,65 +1421,32 @@ netTest(
     assertEquals(rest, [
       "a second connect() in a task: AlreadyExists",
       "a connect() that its signal cancels: TimeoutError",
+      "a task that succeeds: BEGIN, INSERT, COMMIT",
+      "a task that fails: BEGIN, INSERT, ROLLBACK",
     ]);
   },
 );
 
-netTest("demo sends no request before both connections are open", async () => {
-  const response = "HTTP/1.0 200 OK\r\n\r\nHello";
-  const request = "GET /index.html HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n";
-  using listener = Deno.listen(loopback);
-  const connect = Deno.connect;
-  const first = Promise.withResolvers<void>();
-  let connects = 0;
-  using _stub = stubConnect(async (options) => {
-    if (++connects === 2) await first.promise;
-    return await connect(options);
-  });
-  const lines: string[] = [];
-  const port = String(listener.addr.port);
-  const demo = main(["127.0.0.1", port], (line) => lines.push(line));
-  const conns = [await listener.accept()];
-  const read = async (conn: Deno.Conn) => {
-    const buffer = new Uint8Array(1_000);
-    const length = await conn.read(buffer) ?? 0;
-    return new TextDecoder().decode(buffer.subarray(0, length));
-  };
-  const requests = [read(conns[0]!)];
-  const early = Promise.race([requests[0], delay(20).then(() => "nothing")]);
-  assertEquals(await early, "nothing");
-  first.resolve();
-  conns.push(await listener.accept());
-  requests.push(read(conns[1]!));
-  assertEquals(await Promise.all(requests), [request, request]);
-  for (const conn of conns) {
-    await conn.write(new TextEncoder().encode(response));
-    conn.close();
-  }
-  await demo;
-  const got = `: Got ${response.length} bytes`;
-  const last = lines.slice(3).sort();
-  assertEquals(last, [`task 1${got}`, `task 2${got}`]);
-});
+/** Has `Deno.connect` replaced until the end of the block. */
+function stubConnect(
+  connect: (options: Deno.ConnectOptions) => Promise<Deno.TcpConn>,
+): Disposable {
+  const original = Deno.connect;
+  // It has overloads that no arrow function has
+  Deno.connect = connect as typeof Deno.connect;
+  return { [Symbol.dispose]: () => Deno.connect = original };
+}
 
-test("demo says in one line what is wrong", async () => {
-  const usage = "Cannot run the demo: give HOST and PORT, or nothing";
-  for (const args of [["127.0.0.1"], ["127.0.0.1", "80", "90"], ["", "80"]]) {
-    const error = await assertRejects(() => main(args, () => {}), TypeError);
-    assertEquals(error.message, usage);
-  }
-  let port: number | undefined;
-  for (const reason of [new Error("no"), "no"]) {
-    using _stub = stubConnect((options) => {
-      port = options.port;
-      return Promise.reject(reason);
-    });
-    const error = await assertRejects(
-      () => main(["127.0.0.1", "80"], () => {}),
-      Error,
-    );
-    assertEquals(error.message, "Cannot fetch from 127.0.0.1:80: no");
-    assertStrictEquals(error.cause, reason);
-  }
-  assertEquals(port, 80);
-});
+/** A function that throws. */
+function throws(error: unknown): () => never {
+  return () => {
+    throw error;
+  };
+}
+
+/** What a promise rejects with, which assertRejects() wants to be an Error. */
+async function thrownBy(promise: Promise<unknown>): Promise<unknown> {
+  const [settled] = await Promise.allSettled([promise]);
+  assert(settled.status === "rejected");
+  return settled.reason;
+}
