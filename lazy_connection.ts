@@ -296,9 +296,13 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   ): Promise<Awaited<R>> {
     if (this.#disposed) throw new BadResource(DISPOSED);
     const task = new Task();
-    const join = () => this.runOrJoin(callback, ...args);
+    // A thenable, such as a query that runs once it is awaited, runs in the task
+    const call = () => Promise.resolve(callback(...args));
     try {
-      return await this.#tasks.run(task, join);
+      return await this.#tasks.run(task, call);
+    } catch (error) {
+      task.failure = { error };
+      throw error;
     } finally {
       await task.end();
     }
@@ -652,15 +656,16 @@ class Loan {
   }
 
   /** Replaces the methods by which a block disposes of the connection. */
-  #replaceDisposal(connection: Partial<Disposable & AsyncDisposable>): void {
+  #replaceDisposal(connection: Disposal): void {
     const { [Symbol.dispose]: dispose, [Symbol.asyncDispose]: asyncDispose } =
       connection;
-    const set = (sync: unknown, async: unknown) =>
-      Reflect.set(connection, Symbol.asyncDispose, async) &&
-      (!dispose || Reflect.set(connection, Symbol.dispose, sync));
-    this.#putBack = () => set(dispose, asyncDispose);
+    if (!dispose && !asyncDispose) throw new TypeError(NO_BLOCK);
+    const set = (sync: unknown, async: unknown) => {
+      connection[Symbol.asyncDispose] = async;
+      if (dispose) connection[Symbol.dispose] = sync;
+    };
     const { task } = this;
-    const replaced = (dispose || asyncDispose) && set(() => {
+    set(() => {
       const { lost } = this;
       if (task.loan !== this) return;
       const end = this.stop(LEFT);
@@ -672,7 +677,7 @@ class Loan {
       const failure = task.loan === this && await this.stop(LEFT);
       if (failure) throw failure.error;
     });
-    if (!replaced) throw new TypeError(NO_BLOCK);
+    this.#putBack = () => set(dispose, asyncDispose);
   }
 
   /**
@@ -698,10 +703,10 @@ class Loan {
       this.state = "closing";
       this.all.delete(this.lent);
       this.lent = undefined;
-      this.#putBack();
       this.task.closing = this.#over.promise;
       if (failure) this.#returned.reject(failure.error);
       else this.#returned.resolve();
+      this.#putBack();
     }
     return this.#over.promise;
   }
@@ -723,6 +728,9 @@ class Loan {
     this.#over.resolve(failure);
   }
 }
+
+/** The methods of an object, if it has them, that a block disposes of it by. */
+type Disposal = { [Symbol.dispose]?: unknown; [Symbol.asyncDispose]?: unknown };
 
 /** What was thrown, be it `undefined`. */
 type Failure = { readonly error: unknown } | undefined;

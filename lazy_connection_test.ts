@@ -593,9 +593,7 @@ test("LazyConnection.connect() rejects an object that a block cannot dispose of,
           closed++;
         }
       });
-      const message = "Cannot connect: a block cannot dispose of the " +
-        "connection, call get() instead";
-      await assertRejects(() => lazy.connect(), TypeError, message);
+      await assertRejects(() => lazy.connect(), TypeError);
       assertEquals(closed, 1);
       assertEquals(Object.getOwnPropertyDescriptors(object), before);
       await lazy.run(async () => assertStrictEquals(await lazy.get(), object));

@@ -1,7 +1,8 @@
 // Copyright 2026 the LazyConnection authors. MIT license.
 
 /**
- * Prints the ratios in the README, and fails where a goal is missed.
+ * Prints how much longer ours takes than the same by hand, and fails where a
+ * goal is missed.
  *
  * @module
  */
@@ -49,7 +50,10 @@ async function waiting(
   const { promise, resolve } = Promise.withResolvers<void>();
   gc();
   const before = Deno.memoryUsage().heapUsed;
-  const tasks = Array.from({ length: count }, () => run(() => promise));
+  const tasks = Array.from({ length: count }, () =>
+    run(async () => {
+      await promise;
+    }));
   await Promise.resolve();
   gc();
   const bytes = (Deno.memoryUsage().heapUsed - before) / count;
@@ -74,19 +78,12 @@ async function waitingMore(): Promise<number> {
 
 let missed = false;
 
-function report(name: string, value: string, goal: number, defect = Infinity) {
-  let line = `${name}: ${value}, goal ${goal}`;
-  if (Number(value) > goal) {
-    missed = true;
-    line += Number(value) > defect
-      ? `, MISSED, a defect past ${defect.toFixed(2)}`
-      : ", MISSED";
-  }
-  console.log(line);
+function report(name: string, value: string, goal: number) {
+  const met = Number(value) <= goal;
+  if (!met) missed = true;
+  console.log(`${name}: ${value}, goal ${goal}${met ? "" : ", MISSED"}`);
 }
 
-for (const it of cases) {
-  report(it.name, (await ratio(it)).toFixed(2), it.goal, it.defect);
-}
-report("a waiting task", (await waitingMore()).toFixed(), 768);
+for (const it of cases) report(it.name, (await ratio(it)).toFixed(2), it.goal);
+report("bytes of a waiting task", (await waitingMore()).toFixed(), 768);
 Deno.exit(missed ? 1 : 0); // the server would go on
