@@ -5,11 +5,11 @@ import {
   assert,
   assertEquals,
   assertInstanceOf,
-  assertMatch,
   assertNotEquals,
   assertNotStrictEquals,
   assertRejects,
   assertStrictEquals,
+  assertStringIncludes,
   assertThrows,
 } from "@std/assert";
 import { delay } from "@std/async/delay";
@@ -65,7 +65,7 @@ async function settled(ticks = 50): Promise<void> {
 }
 
 /** Whether a promise is pending once all others have settled that can. */
-async function isPending(promise: Promise<unknown>): Promise<boolean> {
+async function isPending(promise: PromiseLike<unknown>): Promise<boolean> {
   let pending = true;
   const settle = () => pending = false;
   promise.then(settle, settle);
@@ -73,9 +73,20 @@ async function isPending(promise: Promise<unknown>): Promise<boolean> {
   return pending;
 }
 
-/** What a promise rejects with, be it no error. */
+/** What a promise rejects with, which need not be an `Error`. */
 async function reasonOf(promise: Promise<unknown>): Promise<unknown> {
-  return await assertRejects(() => promise);
+  const [settled] = await Promise.allSettled([promise]);
+  if (settled.status === "rejected") return settled.reason;
+  throw new Error("The promise did not reject");
+}
+
+/** Asserts that an error says of two that the later suppressed the earlier. */
+function assertBoth(both: unknown, earlier: unknown, later: unknown) {
+  assertInstanceOf(both, SuppressedError);
+  // Not narrowed where std comes without types
+  const { error, suppressed } = both as SuppressedError;
+  assertStrictEquals(error, later);
+  assertStrictEquals(suppressed, earlier);
 }
 
 // new LazyConnection()
@@ -238,9 +249,9 @@ test("LazyConnection.run() and lend() reject with the very error of the function
         fake = await lazy.get();
         await fail();
       });
-      assertStrictEquals(await thrownBy(run), error);
+      assertStrictEquals(await reasonOf(run), error);
       assertStrictEquals(fake!.outcome, error);
-      assertStrictEquals(await thrownBy(lazy.run(fail)), error);
+      assertStrictEquals(await reasonOf(lazy.run(fail)), error);
     }
   }
 });
@@ -276,11 +287,9 @@ test("LazyConnection.run() rejects with the error of the opener that carries the
         await lazy.get();
         throw E;
       });
-      const error = await thrownBy(run);
+      const error = await reasonOf(run);
       if (got !== both) return assertStrictEquals(error, got);
-      assertInstanceOf(error, SuppressedError);
-      assertStrictEquals(error.error, F);
-      assertStrictEquals(error.suppressed, E);
+      assertBoth(error, E, F);
     });
   }
 });
@@ -447,7 +456,7 @@ test("LazyConnection.get() fails for all who wait if the opener fails, then trie
   function checkFailure(reason: unknown) {
     if (reason === error) return;
     assertInstanceOf(reason, TypeError);
-    assertEquals(reason.message, OVER);
+    assertStringIncludes(String(reason), OVER);
   }
 });
 
@@ -635,8 +644,7 @@ test("LazyConnection.connect() gives `await using` what fails in closing, and no
         }
       });
       if (i < 6) return assertStrictEquals(got, expected[i]);
-      assertInstanceOf(got, SuppressedError);
-      assertEquals([got.error, got.suppressed], [b, a]);
+      assertBoth(got, a, b);
     });
   }
 });
@@ -656,8 +664,8 @@ test("LazyConnection.connect() fails the task with what fails after `using`", as
     }
     await lazy.get();
   });
-  const error = await assertRejects(() => run, SuppressedError);
-  assertEquals([error.suppressed, error.error], errors);
+  const error = await reasonOf(run);
+  assertBoth(error, errors[0], errors[1]);
   assertStrictEquals(fakes[2]!.outcome, error); // it must not commit
 });
 
@@ -672,9 +680,7 @@ test("LazyConnection.connect() fails the task with its own error and what fails 
   });
   assert(await isPending(run));
   calls[0]!.reject(closing);
-  const error = await assertRejects(() => run, SuppressedError);
-  assertStrictEquals(error.suppressed, task);
-  assertStrictEquals(error.error, closing);
+  assertBoth(await reasonOf(run), task, closing);
 });
 
 test("LazyConnection.connect() closes once, and a later disposal does nothing", async () => {
@@ -831,15 +837,12 @@ test("LazyConnection lets an opener start a task of its own", async () => {
 test("LazyConnection.run() fails if the opener is over before the task", async (t) => {
   const error = new Error("server gone");
   const task = new Error("task");
+  const wrapped = new Error("wrapped", { cause: error });
   const cases: Record<string, [F: unknown, E: unknown, got: unknown]> = {
     "by rejecting": [error, undefined, error],
     "by resolving": [undefined, undefined, TypeError],
     "and the task with its error": [error, error, error],
-    "and the task with what carries its error": [
-      error,
-      new Error("wrapped", { cause: error }),
-      Error,
-    ],
+    "and the task with what carries its error": [error, wrapped, wrapped],
     "and the task with another error": [error, task, SuppressedError],
   };
   for (const [name, [F, E, got]] of Object.entries(cases)) {
@@ -863,11 +866,9 @@ test("LazyConnection.run() fails if the opener is over before the task", async (
         if (E) throw E;
       });
       const reason = await reasonOf(run);
-      if (typeof got !== "function") return assertStrictEquals(reason, got);
-      assertInstanceOf(reason, got);
-      if (!(reason instanceof SuppressedError)) return;
-      assertStrictEquals(reason.error, F);
-      assertStrictEquals(reason.suppressed, E);
+      if (got === SuppressedError) assertBoth(reason, E, F);
+      else if (typeof got === "object") assertStrictEquals(reason, got);
+      else assertInstanceOf(reason, TypeError);
     });
   }
 });
@@ -906,18 +907,18 @@ test("LazyConnection.connect() rejects at once when its signal aborts, whatever 
   for (const reason of [new Error("enough"), "enough", null, 0]) {
     const { lazy, calls } = driven();
     const controller = new AbortController();
-    const attempts = [lazy.connect(controller)];
+    const attempts: Promise<Fake>[] = [lazy.connect(controller)];
     await lazy.run(async () => {
       attempts.push(lazy.connect(controller), lazy.get());
       controller.abort(reason);
       for (const attempt of attempts) {
-        assertStrictEquals(await thrownBy(attempt), reason);
+        assertStrictEquals(await reasonOf(attempt), reason);
       }
       // The task is free, while the earlier opener goes on
       const get = lazy.get();
       calls[2]!.lend(new Fake()).then(calls[2]!.resolve);
       const fake = await get;
-      assertStrictEquals(await thrownBy(calls[1]!.lend(new Fake())), reason);
+      assertStrictEquals(await reasonOf(calls[1]!.lend(new Fake())), reason);
       assertStrictEquals(calls[1]!.signal.reason, reason);
       assertStrictEquals(lazy.current, fake);
     });
@@ -929,7 +930,7 @@ test("LazyConnection.connect() does not start with an aborted or invalid signal"
   const { lazy, calls } = driven();
   const reason = { own: "reason" };
   const signal = AbortSignal.abort(reason);
-  assertStrictEquals(await thrownBy(lazy.connect({ signal })), reason);
+  assertStrictEquals(await reasonOf(lazy.connect({ signal })), reason);
   const invalid = { aborted: false } as AbortSignal; // a polyfill's, say
   await assertRejects(() => lazy.connect({ signal: invalid }), TypeError);
   assertEquals(calls.length, 0);
@@ -955,9 +956,9 @@ test("LazyConnection heeds the signal of the options besides its own", async () 
       const attempts = [lazy.connect(own), lazy.get()];
       controllers[which]!.abort("enough");
       for (const attempt of attempts) {
-        assertEquals(await thrownBy(attempt), "enough");
+        assertEquals(await reasonOf(attempt), "enough");
       }
-      if (which === 1) assertEquals(await thrownBy(lazy.get()), "enough");
+      if (which === 1) assertEquals(await reasonOf(lazy.get()), "enough");
     });
   }
 });
@@ -1000,7 +1001,7 @@ test("LazyConnection.connect() adds no listener to a signal that attempts share"
   const { lazy } = driven();
   const attempts = Array.from(
     { length: 100 },
-    () => thrownBy(lazy.run(() => lazy.connect({ signal }))),
+    () => reasonOf(lazy.run(() => lazy.connect({ signal }))),
   );
   controller.abort("enough");
   assertEquals(await Promise.all(attempts), Array(100).fill("enough"));
@@ -1345,7 +1346,7 @@ netTest(
     const controller = new AbortController();
     const connect = lazy.connect(controller);
     controller.abort("enough");
-    assertEquals(await thrownBy(connect), "enough");
+    assertEquals(await reasonOf(connect), "enough");
     await lazy[Symbol.asyncDispose]();
   },
 );
@@ -1367,7 +1368,7 @@ netTest(
       }
     });
     const lazy = new LazyConnection({ port: listener.addr.port });
-    assertEquals(await thrownBy(lazy.connect(controller)), "enough");
+    assertEquals(await reasonOf(lazy.connect(controller)), "enough");
     await lazy[Symbol.asyncDispose]();
     await assertRejects(() => conn!.write(new Uint8Array(1)), BadResource);
   },
@@ -1440,11 +1441,4 @@ function throws(error: unknown): () => never {
   return () => {
     throw error;
   };
-}
-
-/** What a promise rejects with, which assertRejects() wants to be an Error. */
-async function thrownBy(promise: Promise<unknown>): Promise<unknown> {
-  const [settled] = await Promise.allSettled([promise]);
-  assert(settled.status === "rejected");
-  return settled.reason;
 }

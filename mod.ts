@@ -1,8 +1,8 @@
 // Copyright 2026 the LazyConnection authors. MIT license.
 
 /**
- * A connection for each asynchronous task, from one shared object: what
- * `threading.local()` does for threads, done for tasks with
+ * A connection, or a transaction, for each asynchronous task, from one shared
+ * object: what `threading.local()` does for threads, done for tasks with
  * `AsyncLocalStorage`.
  *
  * ```ts
@@ -16,10 +16,10 @@
  * await using lazy = new LazyConnection({ port: server.addr.port });
  *
  * async function fetchIndex() {
- *   await using conn = await lazy.connect(); // this task's own connection
+ *   const conn = await lazy.get(); // this task's own connection
  *   await conn.write(new TextEncoder().encode("GET / HTTP/1.0\r\n\r\n"));
  *   return await new Response(conn.readable).text();
- * } // closed here
+ * } // closed when the task ends
  *
  * // Two tasks, two connections
  * const [a, b] = await Promise.all([lazy.run(fetchIndex), lazy.run(fetchIndex)]);
