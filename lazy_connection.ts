@@ -3,6 +3,7 @@
 import { AsyncLocalStorage } from "node:async_hooks";
 
 const { AlreadyExists, BadResource, Busy, NotConnected } = Deno.errors;
+const BOTH = "Cannot close the connection: there was another error before";
 const CONNECTED = "Cannot connect: the task is already connected or " +
   "connecting, leave that block or start another task with run()";
 const DISPOSED = "Cannot use the LazyConnection: it has been disposed of";
@@ -198,10 +199,14 @@ export class LazyConnection<C extends object = Deno.TcpConn>
       // Deno.connect() calls this last. If it threw, a socket that opened just
       // as the signal aborted would be lost; lend() rejects instead.
       signal.throwIfAborted = () => {};
-      using conn = await Deno.connect({ ...options, signal }).catch((error) => {
+      const conn = await Deno.connect({ ...options, signal }).catch((error) => {
         throw signal.aborted ? signal.reason : error;
       });
-      await lend(conn as object as C); // so says the type of `target`
+      try {
+        await lend(conn as object as C); // so says the type of `target`
+      } finally {
+        conn[Symbol.dispose](); // `using` would take longer
+      }
     };
   }
 
@@ -476,18 +481,15 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     { signal }: { signal?: AbortSignal | undefined } = {},
   ): Promise<C & AsyncDisposable> {
     const task = this.#tasks.getStore() ?? this.#main;
-    if (task.loan && !task.loan.lost) {
-      return Promise.reject(new AlreadyExists(CONNECTED));
-    }
+    const busy = task.loan && !task.loan.lost;
+    if (busy) return Promise.reject(new AlreadyExists(CONNECTED));
     // Nothing but a C is lent, and to a block an AsyncDisposable
     return this.#connection(task, true, signal) as Promise<C & AsyncDisposable>;
   }
 
   #connection(task: Task, forBlock = false, signal = this.#signal) {
-    if (this.#disposed || task.ended) {
-      const error = new BadResource(this.#disposed ? DISPOSED : ENDED);
-      return quiet(Promise.reject(error));
-    }
+    const why = this.#disposed ? DISPOSED : task.ended ? ENDED : undefined;
+    if (why) return quiet(Promise.reject(new BadResource(why)));
     if (task.loan) return task.loan.connection;
     const loan = task.loan = new Loan(task, this.#lent);
     this.#loans.add(loan);
@@ -664,9 +666,8 @@ class Loan {
       connection[Symbol.asyncDispose] = async;
       if (dispose) connection[Symbol.dispose] = sync;
     };
-    const { task } = this;
     set(() => {
-      const { lost } = this;
+      const { task, lost } = this;
       if (task.loan !== this) return;
       const end = this.stop(LEFT);
       if (lost) throw lost.error;
@@ -674,7 +675,7 @@ class Loan {
         task.unheard = add(task.unheard, failure);
       });
     }, async () => {
-      const failure = task.loan === this && await this.stop(LEFT);
+      const failure = this.task.loan === this && await this.stop(LEFT);
       if (failure) throw failure.error;
     });
     this.#putBack = () => set(dispose, asyncDispose);
@@ -713,17 +714,16 @@ class Loan {
 
   /** The opener is over. */
   finish(failure?: Failure): void {
-    const { task, state } = this;
-    if (state === "opening") {
-      failure ??= { error: new TypeError(OVER) };
+    const { state, task } = this;
+    if (state === "opening" || state === "lent") {
+      const { error } = this.lost = failure ??= { error: new TypeError(OVER) };
       this.state = "closing";
-      task.loan = undefined;
-      this.#opened.reject(failure.error);
-    } else if (state === "lent") {
-      this.lost = failure ??= { error: new TypeError(OVER) };
       this.end(failure);
-      task.loan = this; // until it is disposed of
-      this.connection = quiet(Promise.reject(failure.error));
+      this.#opened.reject(error); // unless it was lent
+      if (state === "lent") {
+        task.loan = this; // until it is disposed of
+        this.connection = quiet(Promise.reject(error));
+      }
     }
     this.#over.resolve(failure);
   }
@@ -740,11 +740,12 @@ function add(first: Failure, then: Failure): Failure {
   if (!first || !then) return first ?? then;
   if (carries(then.error, first.error)) return then;
   if (carries(first.error, then.error)) return first;
-  return { error: new SuppressedError(then.error, first.error) };
+  return { error: new SuppressedError(then.error, first.error, BOTH) };
 }
 
 /** Whether an error is another one, or has it as its `cause` or `suppressed`. */
 function carries(error: unknown, other: unknown): boolean {
+  if (error === other) return true;
   const errors = new Set([error]);
   for (const error of errors) { // those too that are added meanwhile
     if (!(error instanceof Error)) continue;

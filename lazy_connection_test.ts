@@ -84,7 +84,11 @@ async function reasonOf(promise: Promise<unknown>): Promise<unknown> {
 function assertBoth(both: unknown, earlier: unknown, later: unknown) {
   assertInstanceOf(both, SuppressedError);
   // Not narrowed where std comes without types
-  const { error, suppressed } = both as SuppressedError;
+  const { error, suppressed, message } = both as SuppressedError;
+  assertEquals(
+    message,
+    "Cannot close the connection: there was another error before",
+  );
   assertStrictEquals(error, later);
   assertStrictEquals(suppressed, earlier);
 }
