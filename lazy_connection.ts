@@ -10,8 +10,7 @@ const DISPOSED = "Cannot use the LazyConnection: it has been disposed of";
 const ENDED = "Cannot connect: the task has ended, start another with run()";
 const LENT = "Cannot lend: the opener has lent already, retry around run()";
 const LENT_TO_ANOTHER = "Cannot lend: another task has this connection";
-const NO_BLOCK = "Cannot connect: a block cannot dispose of the connection, " +
-  "call get() instead";
+const NO_BLOCK = "Cannot connect: a block cannot dispose of it, call get()";
 const NO_TASK = "Cannot get a connection: there is no task, call run() first";
 const OVER = "Cannot use the connection: the opener is over, it must " +
   "`await lend(connection)` until its task is over";
@@ -500,7 +499,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   /** Calls the opener, once an earlier one of the same task is over. */
   async #call(loan: Loan, forBlock: boolean, signal?: AbortSignal) {
     let cancel: AbortSignal | undefined;
-    const abort = () => loan.state === "opening" && loan.stop(cancel?.reason);
+    const abort = () => loan.lent || loan.end({ error: cancel?.reason });
     try {
       // Not the given signal itself: an EventTarget searches all its listeners
       // whenever one is added or removed, and many attempts may share a signal.
@@ -549,9 +548,12 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   async [Symbol.asyncDispose](): Promise<void> {
     this.#disposed = true;
     const error = new BadResource(DISPOSED);
-    const failures = Array.from(this.#loans, (loan) => {
-      if (loan.state === "lent") loan.task.failure ??= { error };
-      return loan.stop(error);
+    const failures = Array.from(this.#loans, async (loan) => {
+      const { state, task, attempt: { signal } } = loan;
+      if (state === "lent") task.failure ??= { error };
+      const failure = await loan.end({ error });
+      if (state === "closing") return; // somebody else is told
+      return without(failure, signal.aborted ? signal.reason : error);
     });
     await this.#main.closing;
     let failure = add(this.#main.unheard, this.#main.loan?.lost);
@@ -617,7 +619,7 @@ class Task {
   async end(): Promise<void> {
     this.ended = true;
     const { loan, failure = this.unheard } = this;
-    if (loan?.state === "opening") loan.stop(new BadResource(ENDED));
+    if (loan?.state === "opening") loan.end({ error: new BadResource(ENDED) });
     else if (loan) this.unheard = add(this.unheard, await loan.end(failure));
     await this.closing;
     const all = add(failure, this.unheard);
@@ -669,27 +671,17 @@ class Loan {
     set(() => {
       const { task, lost } = this;
       if (task.loan !== this) return;
-      const end = this.stop(LEFT);
+      const end = this.end({ error: LEFT });
       if (lost) throw lost.error;
       task.closing = end.then((failure) => {
-        task.unheard = add(task.unheard, failure);
+        task.unheard = add(task.unheard, without(failure, LEFT));
       });
     }, async () => {
-      const failure = this.task.loan === this && await this.stop(LEFT);
+      if (this.task.loan !== this) return;
+      const failure = without(await this.end({ error: LEFT }), LEFT);
       if (failure) throw failure.error;
     });
     this.#putBack = () => set(dispose, asyncDispose);
-  }
-
-  /**
-   * Ends it before its task does. Resolves to what the opener fails with, but
-   * for the reason, unless somebody else is told.
-   */
-  async stop(reason: unknown): Promise<Failure> {
-    const { state, lost, attempt: { signal } } = this;
-    const failure = await this.end({ error: reason });
-    if (!failure || state === "closing" && !lost) return;
-    return without(failure.error, signal.aborted ? signal.reason : reason);
   }
 
   /** Ends it, and resolves to what the opener fails with. */
@@ -755,11 +747,12 @@ function carries(error: unknown, other: unknown): boolean {
   return errors.has(other);
 }
 
-/** What is left of an error without a reason that it carries. */
-function without(error: unknown, reason: unknown): Failure {
-  if (!carries(error, reason)) return { error };
-  if (!(error instanceof SuppressedError)) return;
-  return add(without(error.suppressed, reason), without(error.error, reason));
+/** What is left of a failure without the reason for it, if it carries that. */
+function without(failure: Failure, reason: unknown): Failure {
+  if (!failure || !carries(failure.error, reason)) return failure;
+  if (!(failure.error instanceof SuppressedError)) return;
+  const { error, suppressed } = failure.error;
+  return add(without({ error: suppressed }, reason), { error });
 }
 
 /** Lets a promise reject although nobody may await it. */

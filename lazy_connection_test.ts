@@ -115,7 +115,11 @@ test("LazyConnection constructor takes an opener that lends, or options for a Tc
   new LazyConnection<Fake>((lend) => lend(new Date()));
   // @ts-expect-error a block can't dispose of it
   const refused = things.connect();
-  await assertRejects(() => refused, TypeError, "call get() instead");
+  await assertRejects(
+    () => refused,
+    TypeError,
+    "a block cannot dispose of it, call get()",
+  );
   assertEquals([wider.current, openers.length], [undefined, 2]);
 });
 
