@@ -533,6 +533,10 @@ test("LazyConnection.connect() is freed by each way to leave a block, which is n
         assertEquals(lazy.current, undefined);
         await settled();
         assertInstanceOf(fake.outcome, BadResource);
+        assertStringIncludes(
+          String(fake.outcome),
+          "Cannot lend: the connection was disposed of",
+        );
       };
       await block();
       await lazy.run(async () => {
@@ -610,8 +614,10 @@ test("LazyConnection.connect() rejects an object that a block cannot dispose of,
           closed++;
         }
       });
-      await assertRejects(() => lazy.connect(), TypeError);
-      assertEquals(closed, 1);
+      for (const calls of [1, 2]) {
+        await assertRejects(() => lazy.connect(), TypeError);
+        assertEquals(closed, calls);
+      }
       assertEquals(Object.getOwnPropertyDescriptors(object), before);
       await lazy.run(async () => assertStrictEquals(await lazy.get(), object));
     });
@@ -776,9 +782,10 @@ test("lend() rejects the second time, with why the task failed", async () => {
     "Cannot lend: the opener has lent already, retry around run()";
   const again: TypeError[] = [];
   const lazy = new LazyConnection<Fake>(async (lend) => {
-    const first = lend(new Fake());
+    const fake = new Fake();
+    const first = lend(fake);
     for (const _ of [first, first]) {
-      const second = lend(new Fake()); // while lent, and then after it
+      const second = lend(fake); // while lent, and then after it
       again.push(await assertRejects(() => second, TypeError, message));
       await first.catch(() => {});
     }
@@ -806,6 +813,7 @@ test("lend() rejects another task's connection, as do get() and connect()", asyn
       await assertRejects(() => lazy.get(), Busy, message);
       await assertRejects(() => lazy.connect(), Busy, message);
     });
+    assertEquals(Reflect.ownKeys(shared), ["outcome"]);
     assertStrictEquals(lazy.current, fake);
     await savepoint.run(() => savepoint.get());
     assertStrictEquals(lazy.current, fake);
@@ -1016,6 +1024,29 @@ test("LazyConnection.connect() adds no listener to a signal that attempts share"
   assertEquals(listeners, 0);
 });
 
+test("LazyConnection.connect() stops listening to its signal once the opener is over", async () => {
+  const { any } = AbortSignal;
+  let listeners = 0;
+  using _stub = {
+    [Symbol.dispose]: () => AbortSignal.any = any,
+  };
+  AbortSignal.any = (signals) => {
+    const signal = any.call(AbortSignal, signals);
+    signal.addEventListener = () => listeners++;
+    signal.removeEventListener = (type: string) => {
+      assertEquals(type, "abort");
+      listeners--;
+    };
+    return signal;
+  };
+  const { lazy, calls } = driven();
+  const connect = lazy.connect(new AbortController());
+  assertEquals(listeners, 1);
+  calls[0]!.reject(new Error("opener"));
+  await assertRejects(() => connect, Error, "opener");
+  assertEquals(listeners, 0);
+});
+
 test("LazyConnection does not call the opener for an attempt that was cancelled while it waited", async (t) => {
   const ways: Record<string, (way: Way) => unknown> = {
     "by its signal": ({ controller }) => controller.abort(new Error("enough")),
@@ -1136,18 +1167,17 @@ test("LazyConnection[Symbol.asyncDispose]() closes and cancels everything, and w
   for (const { lend, signal } of calls.slice(3)) {
     assertStrictEquals(await reasonOf(lend(new Fake())), signal.reason);
   }
+  end.resolve();
+  await Promise.all([idle, floating]); // they had no connection
   for (const { resolve } of calls) {
     assert(await isPending(disposal));
     assert(await isPending(again));
     resolve();
   }
   await Promise.all([disposal, again]);
-
-  end.resolve();
   for (const run of runs) {
     assertInstanceOf(await run, BadResource);
   }
-  await Promise.all([idle, floating]); // they had no connection
 });
 
 test("LazyConnection[Symbol.asyncDispose]() refuses a task that is going on", async () => {
@@ -1161,14 +1191,19 @@ test("LazyConnection[Symbol.asyncDispose]() refuses a task that is going on", as
 });
 
 test("LazyConnection[Symbol.asyncDispose]() leaves the task its own error", async () => {
-  const lazy = new LazyConnection<Fake>(opener);
-  const error = new Error("task");
-  const run = lazy.run(async () => {
-    await lazy.get();
-    await lazy[Symbol.asyncDispose]();
-    throw error;
-  });
-  assertStrictEquals(await reasonOf(run), error);
+  for (const when of ["before", "after"]) {
+    const lazy = new LazyConnection<Fake>(opener);
+    const error = new Error("task");
+    const run = lazy.run(async () => {
+      await lazy.get();
+      if (when === "before") {
+        await lazy.runOrJoin(throws(error)).catch(() => {});
+      }
+      await lazy[Symbol.asyncDispose]();
+      if (when === "after") throw error;
+    });
+    assertStrictEquals(await reasonOf(run), error);
+  }
 });
 
 test("LazyConnection[Symbol.asyncDispose]() lets a task that has ended commit", async () => {
