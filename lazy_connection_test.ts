@@ -363,6 +363,20 @@ test("LazyConnection.runOrJoin() leaves the task its own error", async () => {
   assertStrictEquals(await reasonOf(run), error);
 });
 
+test("LazyConnection.runOrJoin() fails the task with an error that carries the opener's", async () => {
+  const error = new Error("opener");
+  const wrapped = new Error("wrapped", { cause: error });
+  const lazy = new LazyConnection<Fake>(async (lend) => {
+    await opener(lend).catch(() => {});
+    throw error;
+  });
+  const run = lazy.run(async () => {
+    await lazy.get();
+    await lazy.runOrJoin(throws(wrapped)).catch(() => {});
+  });
+  assertStrictEquals(await reasonOf(run), wrapped);
+});
+
 test("LazyConnection.runOrJoin() cannot fail a task that has ended", async () => {
   const { lazy, calls } = driven();
   const end = Promise.withResolvers<void>();
@@ -979,6 +993,21 @@ test("LazyConnection heeds the signal of the options besides its own", async () 
   }
 });
 
+test("LazyConnection.connect() is not concerned by the signal of an earlier attempt", async () => {
+  const { lazy, calls } = driven();
+  const controller = new AbortController();
+  const connect = lazy.connect(controller);
+  calls[0]!.lend(new Fake());
+  (await connect)[Symbol.dispose]();
+  const next = lazy.connect(); // waits for the earlier one to be closed
+  controller.abort();
+  await assertRejects(() => lazy.connect(), AlreadyExists);
+  calls[0]!.resolve();
+  await settled();
+  calls[1]!.lend(new Fake());
+  assertStrictEquals(await next, lazy.current);
+});
+
 test("LazyConnection never aborts the opener's signal once it has lent", async () => {
   const { lazy, calls } = driven();
   const controller = new AbortController();
@@ -1468,6 +1497,58 @@ netTest(
     ]);
   },
 );
+
+netTest("demo sends no request before both connections are open", async () => {
+  const response = "HTTP/1.0 200 OK\r\n\r\nHello";
+  const request = "GET /index.html HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n";
+  using listener = Deno.listen(loopback);
+  const connect = Deno.connect;
+  const first = Promise.withResolvers<void>();
+  let connects = 0;
+  using _stub = stubConnect(async (options) => {
+    if (++connects === 2) await first.promise;
+    return await connect(options);
+  });
+  const lines: string[] = [];
+  const port = String(listener.addr.port);
+  const demo = main(["127.0.0.1", port], (line) => lines.push(line));
+  const read = async (conn: Deno.Conn) => {
+    const buffer = new Uint8Array(1_000);
+    const length = await conn.read(buffer) ?? 0;
+    return new TextDecoder().decode(buffer.subarray(0, length));
+  };
+  const conns = [await listener.accept()];
+  const requests = [read(conns[0]!)];
+  const early = Promise.race([requests[0], delay(20).then(() => "nothing")]);
+  assertEquals(await early, "nothing");
+  first.resolve();
+  conns.push(await listener.accept());
+  requests.push(read(conns[1]!));
+  assertEquals(await Promise.all(requests), [request, request]);
+  for (const conn of conns) {
+    await conn.write(new TextEncoder().encode(response));
+    conn.close();
+  }
+  await demo;
+  const got = `: Got ${response.length} bytes`;
+  assertEquals(lines.slice(3).sort(), [`task 1${got}`, `task 2${got}`]);
+});
+
+test("demo says in one line what is wrong", async () => {
+  const usage = "Cannot run the demo: give HOST and PORT, or nothing";
+  for (const args of [["127.0.0.1"], ["127.0.0.1", "80", "90"], ["", "80"]]) {
+    await assertRejects(() => main(args, () => {}), TypeError, usage);
+  }
+  for (const reason of [new Error("no"), "no"]) {
+    using _stub = stubConnect(({ port }) => {
+      assertEquals(port, 80);
+      return Promise.reject(reason);
+    });
+    const error = await reasonOf(main(["127.0.0.1", "80"], () => {}));
+    assertEquals(String(error), "Error: Cannot fetch from 127.0.0.1:80: no");
+    assertStrictEquals((error as Error).cause, reason);
+  }
+});
 
 /** Has `Deno.connect` replaced until the end of the block. */
 function stubConnect(
