@@ -556,8 +556,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
       return without(failure, signal.aborted ? signal.reason : error);
     });
     await this.#main.closing;
-    let failure = add(this.#main.unheard, this.#main.loan?.lost);
-    for (const other of failures) failure = add(failure, await other);
+    let failure = combine(this.#main.unheard, this.#main.loan?.lost);
+    for (const other of failures) failure = combine(failure, await other);
     if (failure) throw failure.error;
   }
 }
@@ -620,9 +620,11 @@ class Task {
     this.ended = true;
     const { loan, failure = this.unheard } = this;
     if (loan?.state === "opening") loan.end({ error: new BadResource(ENDED) });
-    else if (loan) this.unheard = add(this.unheard, await loan.end(failure));
+    else if (loan) {
+      this.unheard = combine(this.unheard, await loan.end(failure));
+    }
     await this.closing;
-    const all = add(failure, this.unheard);
+    const all = combine(failure, this.unheard);
     if (all) throw all.error;
   }
 }
@@ -642,19 +644,19 @@ class Loan {
   readonly #over = Promise.withResolvers<Failure>();
   #putBack = () => {};
 
-  constructor(readonly task: Task, readonly all: Set<object>) {}
+  constructor(readonly task: Task, readonly allLent: Set<object>) {}
 
   async lend(connection: object, forBlock: boolean): Promise<void> {
-    const { task: { failure }, all, state } = this;
+    const { task: { failure }, allLent, state } = this;
     if (state !== "opening") {
       await this.connection; // rejects, if nothing was lent
       throw new TypeError(LENT, failure && { cause: failure.error });
     }
-    if (all.has(connection)) throw new Busy(LENT_TO_ANOTHER);
+    if (allLent.has(connection)) throw new Busy(LENT_TO_ANOTHER);
     if (forBlock) this.#replaceDisposal(connection);
     this.state = "lent";
     this.lent = connection;
-    all.add(connection);
+    allLent.add(connection);
     this.#opened.resolve(connection);
     await this.#returned.promise;
   }
@@ -674,7 +676,7 @@ class Loan {
       const end = this.end({ error: LEFT });
       if (lost) throw lost.error;
       task.closing = end.then((failure) => {
-        task.unheard = add(task.unheard, without(failure, LEFT));
+        task.unheard = combine(task.unheard, without(failure, LEFT));
       });
     }, async () => {
       if (this.task.loan !== this) return;
@@ -694,7 +696,7 @@ class Loan {
       this.attempt.abort(failure?.error);
     } else if (this.lent) {
       this.state = "closing";
-      this.all.delete(this.lent);
+      this.allLent.delete(this.lent);
       this.lent = undefined;
       this.task.closing = this.#over.promise;
       if (failure) this.#returned.reject(failure.error);
@@ -727,12 +729,12 @@ type Disposal = { [Symbol.dispose]?: unknown; [Symbol.asyncDispose]?: unknown };
 /** What was thrown, be it `undefined`. */
 type Failure = { readonly error: unknown } | undefined;
 
-/** Adds what failed later, as `await using` does, unless one carries the other. */
-function add(first: Failure, then: Failure): Failure {
-  if (!first || !then) return first ?? then;
-  if (carries(then.error, first.error)) return then;
-  if (carries(first.error, then.error)) return first;
-  return { error: new SuppressedError(then.error, first.error, BOTH) };
+/** One failure out of two, as `await using` makes it, unless one carries the other. */
+function combine(earlier: Failure, later: Failure): Failure {
+  if (!earlier || !later) return earlier ?? later;
+  if (carries(later.error, earlier.error)) return later;
+  if (carries(earlier.error, later.error)) return earlier;
+  return { error: new SuppressedError(later.error, earlier.error, BOTH) };
 }
 
 /** Whether an error is another one, or has it as its `cause` or `suppressed`. */
@@ -752,7 +754,7 @@ function without(failure: Failure, reason: unknown): Failure {
   if (!failure || !carries(failure.error, reason)) return failure;
   if (!(failure.error instanceof SuppressedError)) return;
   const { error, suppressed } = failure.error;
-  return add(without({ error: suppressed }, reason), { error });
+  return combine(without({ error: suppressed }, reason), { error });
 }
 
 /** Lets a promise reject although nobody may await it. */

@@ -16,5 +16,6 @@ if (!(await deno(["cache", "-q", ...std], "null")).success) {
   console.log("JSR is out of reach: @std comes from npm");
   options.push("--import-map=.ci/npm_import_map.json");
 }
-const { code } = await deno(["test", ...options, ...Deno.args]);
+// Deno looks for tests in a dot-folder only if told to
+const { code } = await deno(["test", ...options, ".", ".ci", ...Deno.args]);
 Deno.exit(code);
