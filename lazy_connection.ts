@@ -556,8 +556,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
       return without(failure, signal.aborted ? signal.reason : error);
     });
     await this.#main.closing;
-    let failure = combine(this.#main.unheard, this.#main.loan?.lost);
-    for (const other of failures) failure = combine(failure, await other);
+    let failure = both(this.#main.unheard, this.#main.loan?.lost);
+    for (const other of failures) failure = both(failure, await other);
     if (failure) throw failure.error;
   }
 }
@@ -621,10 +621,10 @@ class Task {
     const { loan, failure = this.unheard } = this;
     if (loan?.state === "opening") loan.end({ error: new BadResource(ENDED) });
     else if (loan) {
-      this.unheard = combine(this.unheard, await loan.end(failure));
+      this.unheard = both(this.unheard, await loan.end(failure));
     }
     await this.closing;
-    const all = combine(failure, this.unheard);
+    const all = both(failure, this.unheard);
     if (all) throw all.error;
   }
 }
@@ -676,7 +676,7 @@ class Loan {
       const end = this.end({ error: LEFT });
       if (lost) throw lost.error;
       task.closing = end.then((failure) => {
-        task.unheard = combine(task.unheard, without(failure, LEFT));
+        task.unheard = both(task.unheard, without(failure, LEFT));
       });
     }, async () => {
       if (this.task.loan !== this) return;
@@ -730,7 +730,7 @@ type Disposal = { [Symbol.dispose]?: unknown; [Symbol.asyncDispose]?: unknown };
 type Failure = { readonly error: unknown } | undefined;
 
 /** One failure out of two, as `await using` makes it, unless one carries the other. */
-function combine(earlier: Failure, later: Failure): Failure {
+function both(earlier: Failure, later: Failure): Failure {
   if (!earlier || !later) return earlier ?? later;
   if (carries(later.error, earlier.error)) return later;
   if (carries(earlier.error, later.error)) return earlier;
@@ -754,7 +754,7 @@ function without(failure: Failure, reason: unknown): Failure {
   if (!failure || !carries(failure.error, reason)) return failure;
   if (!(failure.error instanceof SuppressedError)) return;
   const { error, suppressed } = failure.error;
-  return combine(without({ error: suppressed }, reason), { error });
+  return both(without({ error: suppressed }, reason), { error });
 }
 
 /** Lets a promise reject although nobody may await it. */
