@@ -568,11 +568,12 @@ export class LazyConnection<C extends object = Deno.TcpConn>
  * A branch of a task may outlive it, such as a promise that nobody awaits. With
  * many clients, it could then write into the next task's transaction, on the
  * same connection of a pool. What `revocable(lend)` lends is a `Proxy` of the
- * connection, which is revoked when `lend()` settles: whatever uses it later
- * gets a `TypeError`.
+ * connection, which is revoked when `lend()` settles: whatever uses it or its
+ * methods later gets a `TypeError`.
  *
- * An object of a class with private fields, such as `Deno.TcpConn`, does not
- * work through a `Proxy`.
+ * It does not stop what has begun by then, such as a query that was built
+ * earlier and is only awaited later. A method that returns its `this` returns
+ * the connection itself.
  *
  * @example Usage
  * ```ts
@@ -598,7 +599,23 @@ export function revocable<C extends object>(
   lend: (connection: C) => Promise<void>,
 ): (connection: C) => Promise<void> {
   return async (connection) => {
-    const { proxy, revoke } = Proxy.revocable(connection, {});
+    const { proxy, revoke } = Proxy.revocable(connection, {
+      get(target, key) {
+        const value: unknown = Reflect.get(target, key);
+        // Symbols name methods that are put back, such as those of disposal
+        if (typeof value !== "function" || typeof key === "symbol") {
+          return value;
+        }
+        return new Proxy(value, {
+          // A method works on the connection itself: it may have private fields,
+          // and may go on after its task, as the callbacks of a client do
+          apply(method, self, args) {
+            Reflect.has(proxy, key); // throws once it is revoked
+            return Reflect.apply(method, self === proxy ? target : self, args);
+          },
+        });
+      },
+    });
     await lend(proxy).finally(revoke);
   };
 }

@@ -1325,17 +1325,21 @@ test("LazyConnection[Symbol.asyncDispose]() has nothing to do with tasks that ar
 
 test("revocable() lends what works until lend() settles", async () => {
   class Client {
-    sql: string[] = [];
+    #sql: string[] = []; // which no proxy has
+    get sent() {
+      return this.#sql;
+    }
     query(sql: string) {
-      this.sql.push(sql);
+      this.#sql.push(sql);
     }
   }
   for (const error of [undefined, new Error("task")]) {
     const client = new Client();
     let lent: Client | undefined;
+    const late: (() => void)[] = [];
     const transaction = async (fn: (client: Client) => Promise<void>) => {
       await fn(client).finally(() => {
-        assertThrows(() => lent!.query("late"), TypeError);
+        for (const call of late) assertThrows(call, TypeError);
         client.query("end");
       });
     };
@@ -1344,23 +1348,30 @@ test("revocable() lends what works until lend() settles", async () => {
     );
     const run = lazy.run(async () => {
       lent = await lazy.get();
+      const { query } = lent;
+      late.push(() => lent!.query("late"), () => query.call(lent, "late"));
+      late.push(() => query.call(client, "late"), () => lent!.sent);
       lent.query("in time");
+      assertEquals(lent.sent, ["in time"]);
+      query.call(new Client(), "to another");
       assertStrictEquals(lazy.current, lent);
       if (error) throw error;
     });
     assertStrictEquals(await run.catch((error) => error), error);
-    assertEquals(client.sql, ["in time", "end"]);
+    assertEquals(client.sent, ["in time", "end"]);
   }
 });
 
 test("revocable() works for a function, and in a block", async () => {
   const sql = Object.assign((text: TemplateStringsArray) => text[0], {
+    typed: Object.assign(() => "typed", { date: () => "date" }),
     [Symbol.dispose]() {},
   });
   const { [Symbol.dispose]: dispose } = sql;
   const lazy = new LazyConnection<typeof sql>((lend) => revocable(lend)(sql));
   const conn = await lazy.connect();
   assertEquals(conn`SELECT 1`, "SELECT 1");
+  assertEquals([conn.typed(), conn.typed.date()], ["typed", "date"]);
   await conn[Symbol.asyncDispose]();
   assertThrows(() => conn`SELECT 2`, TypeError);
   assertStrictEquals(sql[Symbol.dispose], dispose);
