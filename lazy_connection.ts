@@ -629,7 +629,7 @@ class Task {
   unheard: Failure;
   /** Its connection, from the call of the opener until it is disposed of. */
   loan: Loan | undefined;
-  /** Resolves when the connection that was disposed of last is closed. */
+  /** Resolves when a connection that is closing is closed. */
   closing: Promise<unknown> | undefined;
 
   /** Ends it, and throws what it fails with. */
@@ -693,6 +693,7 @@ class Loan {
       const end = this.end({ error: LEFT });
       if (lost) throw lost.error;
       task.closing = end.then((failure) => {
+        task.closing = undefined;
         task.unheard = both(task.unheard, without(failure, LEFT));
       });
     }, async () => {
@@ -736,6 +737,7 @@ class Loan {
         this.connection = quiet(Promise.reject(error));
       }
     }
+    if (task.closing === this.#over.promise) task.closing = undefined;
     this.#over.resolve(failure);
   }
 }

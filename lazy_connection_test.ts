@@ -502,6 +502,20 @@ test("LazyConnection.get() and connect() wait for an earlier connection to close
   });
 });
 
+test("LazyConnection.connect() calls the opener at once if no connection is closing", async () => {
+  const { lazy, calls } = driven();
+  for (const key of [Symbol.dispose, Symbol.asyncDispose] as const) {
+    const connect = lazy.connect();
+    assertEquals(calls.length, 1);
+    calls[0]!.lend(new Fake()).catch(calls[0]!.resolve);
+    (await connect)[key]();
+    await settled();
+    calls.length = 0;
+  }
+  lazy.connect();
+  assertEquals(calls.length, 1);
+});
+
 // connect()
 
 test("LazyConnection.connect() rejects if the task has a connection or is opening one", async () => {
@@ -921,7 +935,6 @@ test("LazyConnection.connect() gives the block the error of an opener that is ov
       );
       await dispose(); // only once
       lazy.connect();
-      await settled();
       assertEquals(calls.length, 1);
     };
     await lazy.run(block);
