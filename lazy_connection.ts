@@ -430,8 +430,9 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    *
    * The connection is the very object that the opener lends. Its
    * `Symbol.asyncDispose` and, where there is one, its `Symbol.dispose` are
-   * replaced until it is disposed of, and then put back. To dispose of it a second
-   * time does nothing.
+   * replaced until it is disposed of, and then put back. (A `Symbol.asyncDispose`
+   * that it lacked stays, and calls its `Symbol.dispose`.) A block that is left
+   * after that does nothing.
    *
    * @example Usage
    * ```ts
@@ -480,8 +481,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     { signal }: { signal?: AbortSignal | undefined } = {},
   ): Promise<C & AsyncDisposable> {
     const task = this.#tasks.getStore() ?? this.#main;
-    const busy = task.loan && !task.loan.lost;
-    if (busy) return Promise.reject(new AlreadyExists(CONNECTED));
+    const { loan } = task;
+    if (loan && !loan.lost) return Promise.reject(new AlreadyExists(CONNECTED));
     // Nothing but a C is lent, and to a block an AsyncDisposable
     return this.#connection(task, true, signal) as Promise<C & AsyncDisposable>;
   }
@@ -601,12 +602,10 @@ export function revocable<C extends object>(
   return async (connection) => {
     const { proxy, revoke } = Proxy.revocable(connection, {
       get(target, key) {
-        const value: unknown = Reflect.get(target, key);
+        const part: unknown = Reflect.get(target, key);
         // Symbols name methods that are put back, such as those of disposal
-        if (typeof value !== "function" || typeof key === "symbol") {
-          return value;
-        }
-        return new Proxy(value, {
+        if (typeof part !== "function" || typeof key === "symbol") return part;
+        return new Proxy(part, {
           // A method works on the connection itself: it may have private fields,
           // and may go on after its task, as the callbacks of a client do
           apply(method, self, args) {
@@ -680,12 +679,11 @@ class Loan {
 
   /** Replaces the methods by which a block disposes of the connection. */
   #replaceDisposal(connection: Disposal): void {
-    const { [Symbol.dispose]: dispose, [Symbol.asyncDispose]: asyncDispose } =
-      connection;
-    if (!dispose && !asyncDispose) throw new TypeError(NO_BLOCK);
-    const set = (sync: unknown, async: unknown) => {
-      connection[Symbol.asyncDispose] = async;
-      if (dispose) connection[Symbol.dispose] = sync;
+    const { [Symbol.dispose]: sync, [Symbol.asyncDispose]: async } = connection;
+    if (!sync && !async) throw new TypeError(NO_BLOCK);
+    const set = (dispose: unknown, asyncDispose: unknown) => {
+      connection[Symbol.asyncDispose] = asyncDispose;
+      if (sync) connection[Symbol.dispose] = dispose;
     };
     set(() => {
       const { task, lost } = this;
@@ -701,7 +699,7 @@ class Loan {
       const failure = without(await this.end({ error: LEFT }), LEFT);
       if (failure) throw failure.error;
     });
-    this.#putBack = () => set(dispose, asyncDispose);
+    this.#putBack = () => set(sync, async ?? disposeAsync);
   }
 
   /** Ends it, and resolves to what the opener fails with. */
@@ -744,6 +742,11 @@ class Loan {
 
 /** The methods of an object, if it has them, that a block disposes of it by. */
 type Disposal = { [Symbol.dispose]?: unknown; [Symbol.asyncDispose]?: unknown };
+
+/** What `await using` does where there is no more than `Symbol.dispose`. */
+async function disposeAsync(this: Disposable): Promise<void> {
+  await this[Symbol.dispose]();
+}
 
 /** What was thrown, be it `undefined`. */
 type Failure = { readonly error: unknown } | undefined;

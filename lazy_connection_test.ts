@@ -600,6 +600,7 @@ test("LazyConnection.connect() replaces the methods of disposal until closing st
         object;
       const own = () => {
         assertStrictEquals(object[Symbol.dispose], dispose);
+        if (!asyncDispose) return;
         assertStrictEquals(object[Symbol.asyncDispose], asyncDispose);
       };
       // One of the two it has
@@ -617,6 +618,8 @@ test("LazyConnection.connect() replaces the methods of disposal until closing st
         await closing;
       }
       assertEquals(object.calls, []); // it is for the opener to close
+      await object[Symbol.asyncDispose]!(); // as one that it lacked does, too
+      assertEquals(object.calls, [asyncDispose ? "asyncDispose" : "dispose"]);
     });
   }
 });
