@@ -500,7 +500,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   /** Calls the opener, once an earlier one of the same task is over. */
   async #call(loan: Loan, forBlock: boolean, signal?: AbortSignal) {
     let cancel: AbortSignal | undefined;
-    const abort = () => loan.lent || loan.end({ error: cancel?.reason });
+    const abort = () =>
+      loan.state === "opening" && loan.end({ error: cancel?.reason });
     try {
       // Not the given signal itself: an EventTarget searches all its listeners
       // whenever one is added or removed, and many attempts may share a signal.
@@ -558,6 +559,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     });
     await this.#main.closing;
     let failure = both(this.#main.unheard, this.#main.loan?.lost);
+    this.#main.unheard = this.#main.loan = undefined; // told once
     for (const other of failures) failure = both(failure, await other);
     if (failure) throw failure.error;
   }
@@ -599,12 +601,15 @@ export class LazyConnection<C extends object = Deno.TcpConn>
 export function revocable<C extends object>(
   lend: (connection: C) => Promise<void>,
 ): (connection: C) => Promise<void> {
-  return async (connection) => {
+  return (connection) => {
     const { proxy, revoke } = Proxy.revocable(connection, {
       get(target, key) {
         const part: unknown = Reflect.get(target, key);
-        // Symbols name methods that are put back, such as those of disposal
-        if (typeof part !== "function" || typeof key === "symbol") return part;
+        const own = Reflect.getOwnPropertyDescriptor(target, key);
+        // Symbols name methods that are put back, such as those of disposal, and
+        // a proxy has to give what is not configurable as it is
+        const asItIs = typeof key === "symbol" || own?.configurable === false;
+        if (typeof part !== "function" || asItIs) return part;
         return new Proxy(part, {
           // A method works on the connection itself: it may have private fields,
           // and may go on after its task, as the callbacks of a client do
@@ -615,7 +620,7 @@ export function revocable<C extends object>(
         });
       },
     });
-    await lend(proxy).finally(revoke);
+    return quiet(lend(proxy).finally(revoke));
   };
 }
 
@@ -660,7 +665,7 @@ class Loan {
   readonly #over = Promise.withResolvers<Failure>();
   #putBack = () => {};
 
-  constructor(readonly task: Task, readonly allLent: Set<object>) {}
+  constructor(readonly task: Task, readonly allLent: Set<unknown>) {}
 
   async lend(connection: object, forBlock: boolean): Promise<void> {
     const { task: { failure }, allLent, state } = this;
@@ -710,7 +715,7 @@ class Loan {
       this.#opened.reject(failure?.error);
       quiet(this.connection);
       this.attempt.abort(failure?.error);
-    } else if (this.lent) {
+    } else if (this.state === "lent") {
       this.state = "closing";
       this.allLent.delete(this.lent);
       this.lent = undefined;
@@ -727,7 +732,7 @@ class Loan {
     const { state, task } = this;
     if (state === "opening" || state === "lent") {
       const { error } = this.lost = failure ??= { error: new TypeError(OVER) };
-      this.state = "closing";
+      if (state === "opening") this.state = "closing"; // cancels nothing
       this.end(failure);
       this.#opened.reject(error); // unless it was lent
       if (state === "lent") {

@@ -1311,6 +1311,7 @@ test("LazyConnection[Symbol.asyncDispose]() reports what failed in the main task
         const disposal = reasonOf(lazy[Symbol.asyncDispose]());
         calls[0]!.reject(error);
         assertStrictEquals(await disposal, error);
+        await lazy[Symbol.asyncDispose](); // which has been told
       });
     }
   }
@@ -1391,6 +1392,21 @@ test("revocable() works for a function, and in a block", async () => {
   await conn[Symbol.asyncDispose]();
   assertThrows(() => conn`SELECT 2`, TypeError);
   assertStrictEquals(sql[Symbol.dispose], dispose);
+});
+
+test("revocable() lends a frozen object, and rejects as quietly as lend()", async () => {
+  const client = Object.freeze({ query: () => "row" });
+  const error = new Error("task");
+  const lazy = new LazyConnection<typeof client>(async (lend) => {
+    revocable(lend)(client); // nobody awaits it, and the process goes on
+    await settled();
+  });
+  const run = lazy.run(async () => {
+    const lent = await lazy.get();
+    assertEquals(lent.query(), "row");
+    throw error;
+  });
+  assertStrictEquals(await reasonOf(run), error);
 });
 
 // Sockets
