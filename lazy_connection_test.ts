@@ -1024,6 +1024,43 @@ test("LazyConnection.connect() is not concerned by the signal of an earlier atte
   assertStrictEquals(await next, lazy.current);
 });
 
+test("LazyConnection is not concerned by an opener that was cancelled and goes on", async () => {
+  const { lazy, calls } = driven();
+  const error = new Error("server gone");
+  const cancelled = async () => {
+    const controller = new AbortController();
+    const connect = reasonOf(lazy.connect(controller));
+    controller.abort(error);
+    assertStrictEquals(await connect, error);
+  };
+  const run = lazy.run(async () => {
+    await cancelled();
+    const connect = lazy.connect();
+    calls[1]!.lend(new Fake());
+    const closing = (await connect)[Symbol.asyncDispose]();
+    const get = lazy.get();
+    calls[0]!.resolve();
+    await settled();
+    assertEquals(calls.length, 2); // the one before it is still closing
+    calls[1]!.resolve();
+    await closing;
+    await settled();
+    calls[2]!.reject(error);
+    assertStrictEquals(await reasonOf(get), error);
+    await cancelled();
+
+    const lost = lazy.get();
+    calls[4]!.lend(new Fake());
+    await lost;
+    calls[4]!.reject(error);
+    await settled();
+    const disposal = lazy[Symbol.asyncDispose]();
+    calls[3]!.resolve();
+    await disposal;
+  });
+  assertStrictEquals(await reasonOf(run), error);
+});
+
 test("LazyConnection never aborts the opener's signal once it has lent", async () => {
   const { lazy, calls } = driven();
   const controller = new AbortController();
