@@ -1038,8 +1038,9 @@ test("LazyConnection is not concerned by an opener that was cancelled and goes o
     const connect = lazy.connect();
     calls[1]!.lend(new Fake());
     const closing = (await connect)[Symbol.asyncDispose]();
-    const get = lazy.get();
     calls[0]!.resolve();
+    await settled();
+    const get = lazy.get();
     await settled();
     assertEquals(calls.length, 2); // the one before it is still closing
     calls[1]!.resolve();
