@@ -31,9 +31,10 @@ const LEFT = new BadResource("Cannot lend: the connection was disposed of");
  * The opener is called inside the task, once for each attempt to connect, and
  * lends once. What it rejects with reaches the task.
  *
- * An attempt that is cancelled is over at once. An opener that does not heed
- * `signal` goes on, and its `lend()` rejects with the signal's reason. An opener
- * must not wait for its own `LazyConnection`: it would wait for itself.
+ * An attempt that is cancelled is over at once, whatever its opener does. An
+ * opener that heeds `signal` should reject with its `reason`; where it does not
+ * heed it, `lend()` rejects with that. An opener must not wait for its own
+ * `LazyConnection`: it would wait for itself.
  *
  * @example A Unix socket
  * ```ts
@@ -57,7 +58,9 @@ const LEFT = new BadResource("Cannot lend: the connection was disposed of");
  * const lazy = new LazyConnection<Deno.TlsConn>(async (lend, signal) => {
  *   using conn = await Deno.connectTls({ hostname: "example.com", port: 443 });
  *   signal.onabort = () => conn.close();
- *   await conn.handshake();
+ *   await conn.handshake().catch((error) => {
+ *     throw signal.reason ?? error;
+ *   });
  *   await lend(conn);
  * });
  * ```
