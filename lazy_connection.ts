@@ -96,7 +96,7 @@ const LEFT = new BadResource("Cannot lend: the connection was disposed of");
  * @example A transaction, here that of `npm:kysely`
  * ```ts ignore
  * import { LazyConnection } from "@cookbook/lazy-connection";
- * import { Kysely, PostgresDialect, type Transaction } from "npm:kysely@^0.28";
+ * import { Kysely, PostgresDialect, type Transaction } from "npm:kysely@^0.29";
  * // @ts-types="npm:@types/pg@^8"
  * import pg from "npm:pg@^8";
  *
@@ -104,6 +104,9 @@ const LEFT = new BadResource("Cannot lend: the connection was disposed of");
  *   account: { id: number; balance: number };
  * }
  * const pool = new pg.Pool({ max: 5, connectionTimeoutMillis: 5_000 });
+ * // Without these two lines, a lost connection would end the process
+ * pool.on("error", console.error);
+ * pool.on("connect", (client) => client.on("error", console.error));
  * const db = new Kysely<Database>({ dialect: new PostgresDialect({ pool }) });
  * const lazy = new LazyConnection<Transaction<Database>>(
  *   (lend) => db.transaction().execute(lend),
