@@ -93,23 +93,20 @@ const LEFT = new BadResource("Cannot lend: the connection was disposed of");
  * });
  * ```
  *
- * @example A transaction, here that of `npm:kysely`
+ * @example A transaction, here that of `npm:knex`
  * ```ts ignore
  * import { LazyConnection } from "@cookbook/lazy-connection";
- * import { Kysely, PostgresDialect, type Transaction } from "npm:kysely@^0.29";
- * // @ts-types="npm:@types/pg@^8"
- * import pg from "npm:pg@^8";
+ * import knex, { type Knex } from "npm:knex@^3";
+ * import "npm:pg@^8";
  *
- * interface Database {
- *   account: { id: number; balance: number };
- * }
- * const pool = new pg.Pool({ max: 5, connectionTimeoutMillis: 5_000 });
- * // Without these two lines, a lost connection would end the process
- * pool.on("error", console.error);
- * pool.on("connect", (client) => client.on("error", console.error));
- * const db = new Kysely<Database>({ dialect: new PostgresDialect({ pool }) });
- * const lazy = new LazyConnection<Transaction<Database>>(
- *   (lend) => db.transaction().execute(lend),
+ * const db = knex({
+ *   client: "pg",
+ *   connection: {}, // as PGHOST, PGUSER and the like say
+ *   pool: { min: 0, max: 5 },
+ *   acquireConnectionTimeout: 5_000, // milliseconds
+ * });
+ * const lazy = new LazyConnection<Knex.Transaction>(
+ *   (lend) => db.transaction(lend),
  * );
  * ```
  *
