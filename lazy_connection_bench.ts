@@ -13,7 +13,8 @@
 import { AsyncLocalStorage } from "node:async_hooks";
 import { LazyConnection } from "./mod.ts";
 
-export type Run = () => void | Promise<void>;
+/** What is timed. It is an async function, or `deno bench` does not wait. */
+export type Run = () => Promise<void>;
 
 /** Two sides that do the same, and how much longer ours may take. */
 export interface Case {
@@ -24,12 +25,21 @@ export interface Case {
   batch: number;
   /** How many batches of each side are timed. */
   rounds: number;
-  /** Whether it takes ports, of which there are only so many. */
-  connects: boolean;
+  /** What `Deno.connect` is meanwhile. */
+  connect: typeof Deno.connect;
   baseline: string;
   byHand: Run;
   ours: Run;
 }
+
+/** A `Deno.connect` that costs nothing, so that what is ours shows. */
+class Socket implements Disposable {
+  [Symbol.dispose]() {}
+}
+// Neither it nor what it gives has all that there is to the real one
+const costless =
+  (() => Promise.resolve(new Socket())) as unknown as typeof Deno.connect;
+const { connect } = Deno;
 
 // In a thread of its own, or the server would be measured as well. It listens on
 // several ports: a closed connection keeps its pair of ports taken for a while,
@@ -63,19 +73,6 @@ const lazies = ports.map((port) => new LazyConnection({ port }));
 let turn = 0;
 const nextTurn = () => turn = (turn + 1) % ports.length;
 
-// All that is asynchronous is an async function, or `deno bench` does not wait
-const getOurs = async () => {
-  const lazy = lazies[nextTurn()]!;
-  await lazy.run(async () => {
-    await lazy.get();
-  });
-};
-const connectOurs = async () => {
-  const lazy = lazies[nextTurn()]!;
-  await lazy.run(async () => {
-    await using _conn = await lazy.connect();
-  });
-};
 const byHand = async () => {
   const port = ports[nextTurn()]!;
   await als.run({}, async () => {
@@ -83,150 +80,137 @@ const byHand = async () => {
     await using _conn = await Deno.connect({ port, signal });
   });
 };
-const bare = async () => {
-  const port = ports[nextTurn()]!;
-  using _conn = await Deno.connect({ port });
-};
-const atOnce = (count: number, run: () => Promise<void>) => async () => {
-  await Promise.all(Array.from({ length: count }, run));
-};
-
-const costless = { [Symbol.asyncDispose]: () => Promise.resolve() };
-const lazyCostless = new LazyConnection<object>((lend) => lend(costless));
-const lazyNew = new LazyConnection<Disposable>((lend) =>
-  lend({ [Symbol.dispose]() {} })
-);
-const shared = new AbortController();
-const connectCostless = async (options?: { signal: AbortSignal }) => {
-  await lazyNew.run(async () => {
-    await using _conn = await lazyNew.connect(options);
+const getting = async () => {
+  const lazy = lazies[nextTurn()]!;
+  await lazy.run(async () => {
+    await lazy.get();
   });
+};
+const awaitUsing = async () => {
+  const lazy = lazies[nextTurn()]!;
+  await lazy.run(async () => {
+    await using _conn = await lazy.connect();
+  });
+};
+const using = async () => {
+  const lazy = lazies[nextTurn()]!;
+  await lazy.run(async () => {
+    using _conn = await lazy.connect();
+  });
+};
+const { signal } = new AbortController();
+const connecting = async (options?: { signal: AbortSignal }) => {
+  const lazy = lazies[nextTurn()]!;
+  await lazy.run(async () => {
+    using _conn = await lazy.connect(options);
+  });
+};
+const atOnce = (count: number, run: Run) => async () => {
+  await Promise.all(Array.from({ length: count }, () => run()));
 };
 
 // Calls a function in a task that has a connection, and inside `als.run`
 const promise = Promise.resolve({});
 const lazyOpen = new LazyConnection<object>((lend) => lend({}));
-const inTask = await new Promise<(fn: Run) => void | Promise<void>>(
-  (resolve) => {
-    als.run({ promise }, () =>
-      lazyOpen.run(async () => {
-        await lazyOpen.get();
-        resolve(AsyncLocalStorage.snapshot());
-        await new Promise(() => {}); // stays a task
-      }));
-  },
-);
+const inTask = await new Promise<(run: Run) => Promise<void>>((resolve) => {
+  als.run({ promise }, () =>
+    lazyOpen.run(async () => {
+      await lazyOpen.get();
+      resolve(AsyncLocalStorage.snapshot());
+      await new Promise(() => {}); // stays a task
+    }));
+});
 
-const connecting = {
-  batch: 10,
-  rounds: 500,
-  connects: true,
-  baseline: "als.run, AbortController, Deno.connect, await using",
+const steady = {
+  batch: 20,
+  rounds: 5_000, // so that most of them run hot
+  connect: costless,
+  baseline: "als.run, AbortController, await using",
   byHand,
 };
-const costing = { batch: 10, rounds: 500, connects: false };
+const loopback = { ...steady, batch: 10, rounds: 500, connect };
 export const cases: Case[] = [
-  { ...connecting, name: "run() with get()", goal: 1.05, ours: getOurs },
+  { ...steady, name: "run() with get()", goal: 1.5, ours: getting },
+  { ...steady, name: "run() with await using", goal: 2.2, ours: awaitUsing },
+  { ...steady, name: "run() with using", goal: 1.8, ours: using },
   {
-    ...connecting,
-    name: "run() with connect() and await using",
-    goal: 1.1,
-    ours: connectOurs,
+    ...steady,
+    name: "get() of an open connection",
+    goal: 1.5,
+    baseline: "await als.getStore().promise",
+    byHand: () =>
+      inTask(async () => {
+        for (let i = 0; i < 100; i++) await als.getStore()!.promise;
+      }),
+    ours: () =>
+      inTask(async () => {
+        for (let i = 0; i < 100; i++) await lazyOpen.get();
+      }),
   },
   {
-    ...connecting,
-    name: "run() with get(), bare",
-    goal: 1.25,
-    baseline: "Deno.connect, using",
-    byHand: bare,
-    ours: getOurs,
+    ...steady,
+    name: "current",
+    goal: 2,
+    baseline: "als.getStore",
+    byHand: () =>
+      inTask(async () => {
+        for (let i = 0; i < 1_000; i++) als.getStore();
+        await promise;
+      }),
+    ours: () =>
+      inTask(async () => {
+        for (let i = 0; i < 1_000; i++) lazyOpen.current;
+        await promise;
+      }),
   },
   {
-    ...connecting,
-    name: "run() with get(), 500 at once",
-    goal: 1.1,
-    batch: 1,
-    rounds: 50, // of a thousand connections, or the pairs of ports run out
-    baseline: "500 by hand",
-    byHand: atOnce(500, byHand),
-    ours: atOnce(500, getOurs),
-  },
-  {
-    ...costing,
+    ...steady,
     name: "connect(), 10,000 at once with a shared signal",
     goal: 2,
     batch: 1,
     rounds: 50,
     baseline: "connect(), 10,000 at once",
-    byHand: atOnce(10_000, () => connectCostless()),
-    ours: atOnce(10_000, () => connectCostless(shared)),
+    byHand: atOnce(10_000, () => connecting()),
+    ours: atOnce(10_000, () => connecting({ signal })),
   },
+  { ...loopback, name: "loopback, get()", goal: 1.06, ours: getting },
+  { ...loopback, name: "loopback, await using", goal: 1.15, ours: awaitUsing },
   {
-    ...costing,
-    name: "own work",
-    goal: 2.5,
-    baseline: "als.run, await using",
-    byHand: async () => {
-      await als.run({}, async () => {
-        await using _conn = costless;
-      });
-    },
-    ours: async () => {
-      await lazyCostless.run(async () => {
-        await lazyCostless.get();
-      });
-    },
-  },
-  {
-    ...costing,
-    name: "current",
-    goal: 2,
-    baseline: "als.getStore",
-    byHand: () =>
-      inTask(() => {
-        for (let i = 0; i < 10_000; i++) als.getStore();
-      }),
-    ours: () =>
-      inTask(() => {
-        for (let i = 0; i < 10_000; i++) lazyOpen.current;
-      }),
-  },
-  {
-    ...costing,
-    name: "get() of an open connection",
-    goal: 1.5,
-    baseline: "await als.getStore().promise",
-    byHand: async () =>
-      await inTask(async () => {
-        for (let i = 0; i < 100; i++) await als.getStore()!.promise;
-      }),
-    ours: async () =>
-      await inTask(async () => {
-        for (let i = 0; i < 100; i++) await lazyOpen.get();
-      }),
+    ...loopback,
+    name: "loopback, get(), 500 at once",
+    goal: 1.1,
+    batch: 1,
+    rounds: 50, // of a thousand connections, or the pairs of ports run out
+    baseline: "500 by hand",
+    byHand: atOnce(500, byHand),
+    ours: atOnce(500, getting),
   },
 ];
 
-export async function repeat(run: Run, count: number): Promise<void> {
-  for (let i = 0; i < count; i++) await run();
+/** Runs a batch of one side. */
+export async function runBatch(it: Case, side: Run): Promise<void> {
+  Deno.connect = it.connect;
+  for (let i = 0; i < it.batch; i++) await side();
 }
 
 // In batches, as in the ratios: among single runs a pause of the garbage
 // collector weighs too much in an average. The times are those of a batch.
 // What takes no ports runs as often as `deno bench` finds it necessary.
 for (const it of cases) {
-  const { batch, baseline, byHand, ours } = it;
-  const limit = it.connects ? { n: it.rounds, warmup: it.rounds >> 2 } : {};
-  const options = { group: it.name, ...limit };
+  const takesPorts = it.connect === connect;
+  const options = {
+    group: it.name,
+    ...(takesPorts ? { n: it.rounds, warmup: it.rounds >> 2 } : {}),
+  };
   Deno.bench({
     ...options,
-    name: baseline,
+    name: it.baseline,
     baseline: true,
-    fn: async () => await repeat(byHand, batch),
+    fn: async () => await runBatch(it, it.byHand),
   });
   Deno.bench({
     ...options,
     name: "LazyConnection",
-    fn: async () => await repeat(ours, batch),
+    fn: async () => await runBatch(it, it.ours),
   });
 }

@@ -10,15 +10,15 @@ import { AsyncLocalStorage } from "node:async_hooks";
 import {
   type Case,
   cases,
-  repeat,
   type Run,
+  runBatch,
 } from "../lazy_connection_bench.ts";
 import { LazyConnection } from "../mod.ts";
 
-/** Milliseconds that a side takes for so many runs. */
-async function time(run: Run, runs: number): Promise<number> {
+/** Milliseconds that a batch of one side takes. */
+async function time(it: Case, side: Run): Promise<number> {
   const start = performance.now();
-  await repeat(run, runs);
+  await runBatch(it, side);
   return performance.now() - start;
 }
 
@@ -30,13 +30,14 @@ function median(numbers: number[]): number {
  * How many times as long ours takes. Whatever slows the machine down for a
  * while slows both sides of a round, or is one round that the median ignores.
  */
-async function ratio({ ours, byHand, batch, rounds }: Case): Promise<number> {
+async function ratio(it: Case): Promise<number> {
   const ratios: number[] = [];
-  for (let i = 0; i < rounds; i++) {
-    const sides = Math.random() < 0.5 ? [ours, byHand] : [byHand, ours];
+  for (let i = 0; i < it.rounds; i++) {
+    const sides = [it.ours, it.byHand];
+    if (Math.random() < 0.5) sides.reverse();
     const times = new Map<Run, number>();
-    for (const side of sides) times.set(side, await time(side, batch));
-    ratios.push(times.get(ours)! / times.get(byHand)!);
+    for (const side of sides) times.set(side, await time(it, side));
+    ratios.push(times.get(it.ours)! / times.get(it.byHand)!);
   }
   return median(ratios);
 }
