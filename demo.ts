@@ -22,9 +22,9 @@ async function fetchTwice(hostname: string, port: number, log: Log) {
 
   async function fetchIndex(name: string) {
     const signal = AbortSignal.timeout(10_000); // milliseconds
-    await using conn = await lazy.connect({ signal });
-    const { hostname, port } = conn.localAddr;
-    log(`${name}: connected from ${hostname}:${port}`);
+    using conn = await lazy.connect({ signal });
+    const local = conn.localAddr;
+    log(`${name}: connected from ${local.hostname}:${local.port}`);
     if (++open === 2) {
       log("both connections are open");
       bothOpen.resolve();
@@ -49,28 +49,21 @@ async function fetchTwice(hostname: string, port: number, log: Log) {
 }
 
 /** Logs a second `connect()` in a task, and one that its signal cancels. */
-async function refuseAndCancel(port: number, log: Log) {
-  await using lazy = new LazyConnection<Deno.TcpConn>(async (lend, signal) => {
-    using conn = await Deno.connect({ port, signal });
-    signal.onabort = () => conn.close();
-    const greeting = conn.read(new Uint8Array(1)); // which HTTP does not have
-    await greeting.catch((error) => {
-      throw signal.reason ?? error;
-    });
-    await lend(conn);
-  });
-  const signal = AbortSignal.timeout(100); // milliseconds
-  await Promise.all([
-    lazy.connect({ signal }).catch((error) =>
-      log(`a connect() that its signal cancels: ${error.name}`)
-    ),
-    lazy.connect().catch((error) =>
-      log(`a second connect() in a task: ${error.name}`)
-    ),
-  ]);
+async function refuseAndCancel(hostname: string, port: number, log: Log) {
+  await using lazy = new LazyConnection({ hostname, port });
+  const controller = new AbortController();
+  const first = lazy.connect(controller);
+  const second = lazy.connect();
+  controller.abort();
+  await second.catch((error) =>
+    log(`a second connect() in a task: ${error.name}`)
+  );
+  await first.catch((error) =>
+    log(`a connect() that its signal cancels: ${error.name}`)
+  );
 }
 
-/** Logs what a transaction for each task does as the tasks end. */
+/** Logs what an opener does with a transaction as its task ends. */
 async function commitAndRollBack(log: Log) {
   type Client = { query(sql: string): void };
   const sent: string[] = [];
@@ -105,8 +98,9 @@ export async function main(args: string[], log: Log): Promise<void> {
       { hostname: "127.0.0.1", port: 0, onListen() {} },
       () => new Response("<h1>Hello from the demo's own server</h1>\n"),
     );
-    await fetchTwice(server.addr.hostname, server.addr.port, log);
-    await refuseAndCancel(server.addr.port, log);
+    const { hostname, port } = server.addr;
+    await fetchTwice(hostname, port, log);
+    await refuseAndCancel(hostname, port, log);
     return await commitAndRollBack(log);
   }
   const [hostname, port, ...rest] = args;
