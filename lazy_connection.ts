@@ -722,9 +722,9 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   /** The task's connection: the one that it has, or is opening, or a new one. */
   #connection(task: Task, signal = this.#signal): Promise<object> {
     const { loan } = task;
+    if (task.ended) return rejected(ended("connect"));
     if (loan?.taken) return rejected(loan.taken.error);
     if (loan) return loan.opened.promise;
-    if (task.ended) return rejected(ended("connect"));
     if (this.#disposed) return rejected(this.#disposed);
     const next = task.loan = new Loan(task);
     this.#loans.add(next);
@@ -826,7 +826,6 @@ class Task {
   async end(failure: Failure): Promise<Failure> {
     const { loan } = this;
     this.ended = true;
-    this.loan = undefined;
     failure ??= this.failure ?? loan?.taken;
     if (this.parts > 0) failure ??= { error: new TypeError(PENDING) };
     if (loan?.state === "opening") {

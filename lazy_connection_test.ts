@@ -338,6 +338,8 @@ test("LazyConnection.run() rejects with what closing fails with, alone or with t
       "what has suppressed it": [task, suppressed, suppressed],
       "the cause of the function's": [wrapper, other, wrapper],
       "another one": [task, other, both],
+      "what has another cause": [task, wrapper, both],
+      "what has suppressed another": [other, suppressed, both],
       "nothing, and an error without a cause": [undefined, other, both],
       "the other way round": [other, undefined, both],
     };
@@ -377,7 +379,8 @@ test("LazyConnection.run() cancels an attempt to connect, and does not wait for 
     throw error;
   });
   assertStrictEquals(await reasonOf(run), error);
-  const reason = await assertRejects(() => got!, BadResource, ENDED);
+  const message = `Cannot connect: ${ENDED}`;
+  const reason = await assertRejects(() => got!, BadResource, message);
   assertStrictEquals(calls[0]!.signal.reason, reason);
   assertStrictEquals(await reasonOf(calls[0]!.lend(new Fake())), reason);
   calls[0]!.reject(new Error("of an opener that nobody waits for"));
@@ -501,7 +504,7 @@ test("LazyConnection.get() gives outside of run() the socket of connect(), and o
     using conn = await connect;
     assertStrictEquals(await early, conn);
     assertStrictEquals(await lazy.get(), conn);
-    await assertRejects(() => lazy.run(() => lazy.current!.read), TypeError);
+    await lazy.run(() => assertEquals(lazy.current, undefined));
   }
   await assertRejects(() => lazy.get(), NotConnected, message);
   assertEquals(sockets.length, 1);
@@ -642,7 +645,9 @@ test("LazyConnection.connect() rejects if the task has a socket or is opening on
 
 test("LazyConnection.connect() is refused with an opener, before anything is opened", async () => {
   const { lazy, calls } = driven<Deno.TcpConn>();
-  await assertRejects(() => lazy.connect(), TypeError, "call get()");
+  const message = "Cannot connect: a block cannot tell the opener whether it " +
+    "succeeded, call get()";
+  await assertRejects(() => lazy.connect(), TypeError, message);
   await assertRejects(() => lazy.run(() => lazy.connect()), TypeError);
   assertEquals(calls.length, 0);
   const others = [
@@ -839,6 +844,7 @@ test("LazyConnection fails the task with one error if its opener is over first",
   for (const [name, [over, own, got]] of Object.entries(cases)) {
     await t.step(name, async () => {
       const { lazy, calls } = driven();
+      let leftover: () => unknown;
       const run = lazy.run(async () => {
         const get = lazy.get();
         const lent = calls[0]!.lend(new Fake());
@@ -852,13 +858,14 @@ test("LazyConnection fails the task with one error if its opener is over first",
         assertStrictEquals(await reasonOf(lent), reason);
         assertStrictEquals(thrownBy(() => fake.query("")), reason);
         assertEquals([lazy.current, calls.length], [undefined, 1]);
+        leftover = () => fake.query("");
         if (own) throw own;
-        return reason;
       });
       const reason = await reasonOf(run);
       if (got === SuppressedError) assertBoth(reason, own, over);
       else if (typeof got === "object") assertStrictEquals(reason, got);
       else assertOver(reason);
+      assertThrows(leftover!, BadResource, ENDED);
     });
   }
 });
@@ -1024,6 +1031,7 @@ test("the stand-in refuses all use once the task has ended, however it ended", a
     assertInstanceOf(standIn, Client);
     assert("query" in standIn);
     assertMatch(Deno.inspect(standIn), /Client/);
+    assertMatch(Object.prototype.toString.call(standIn), /Object/);
     assertStrictEquals(await Promise.resolve(standIn), standIn);
   }
 });
@@ -1100,13 +1108,14 @@ test("the stand-in gives what is frozen as it is", async () => {
     assertStrictEquals(standIn.client, client);
     assertStrictEquals(standIn.self, frozen);
   });
-  await lent({ client }, (standIn) => {
-    assertNotStrictEquals(standIn.client, client);
+  const readOnly = Object.defineProperty({ client }, "client", {
+    writable: false,
   });
-  const sealed = Object.seal({ client });
-  await lent(sealed, (standIn) => {
-    assertNotStrictEquals(standIn.client, client);
-  });
+  for (const other of [{ client }, Object.seal({ client }), readOnly]) {
+    await lent(other, (standIn) => {
+      assertNotStrictEquals(standIn.client, client);
+    });
+  }
 });
 
 test("the stand-in keeps no function that an accessor makes anew", async () => {
@@ -1394,6 +1403,9 @@ test("LazyConnection[Symbol.asyncDispose]() cancels every attempt, and waits for
 test("LazyConnection[Symbol.asyncDispose]() refuses whatever comes later", async () => {
   const { lazy, sockets } = ofSockets();
   await lazy[Symbol.asyncDispose]();
+  const reason = await reasonOf(lazy.get());
+  await lazy[Symbol.asyncDispose]();
+  assertStrictEquals(await reasonOf(lazy.get()), reason);
   const refused = [
     () => lazy.connect(),
     () => lazy.get(),
@@ -1412,6 +1424,7 @@ test("LazyConnection[Symbol.asyncDispose]() closes the socket of a block, also o
     using _conn = await lazy.connect();
     await lazy[Symbol.asyncDispose]();
     assertEquals(sockets.map(({ closed }) => closed), [1, 1]);
+    await assertRejects(() => lazy.connect(), BadResource, DISPOSED);
   });
   await assertRejects(() => run, BadResource, DISPOSED);
   await assertRejects(() => lazy.get(), BadResource, DISPOSED);
