@@ -517,7 +517,9 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     } catch (error) {
       failure = { error };
     }
-    failure = await task.end(failure);
+    const { loan } = task;
+    failure = task.end(failure);
+    if (loan?.returned) failure = both(failure, await loan.closed);
     if (failure) throw failure.error;
     return result;
   }
@@ -822,18 +824,14 @@ class Task {
   /** Its attempt to connect, then its connection. */
   loan: Loan | undefined;
 
-  /** Ends it, waits for the opener, and resolves to what the task fails with. */
-  async end(failure: Failure): Promise<Failure> {
+  /** Ends it, and returns what it fails with. */
+  end(failure: Failure): Failure {
     const { loan } = this;
     this.ended = true;
     failure ??= this.failure ?? loan?.taken;
     if (this.parts > 0) failure ??= { error: new TypeError(PENDING) };
-    if (loan?.state === "opening") {
-      loan.end({ error: ended("connect") });
-    } else if (loan) {
-      loan.end(failure);
-      return both(failure, await loan.closed);
-    }
+    const isOpening = loan?.state === "opening";
+    loan?.end(isOpening ? { error: ended("connect") } : failure);
     return failure;
   }
 }
