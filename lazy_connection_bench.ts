@@ -48,7 +48,7 @@ const server = new Worker(
   `data:text/javascript,${
     encodeURIComponent(`
       const listeners = Array.from(
-        { length: 4 },
+        { length: 12 },
         () => Deno.listen({ hostname: "127.0.0.1", port: 0 }),
       );
       postMessage(listeners.map((listener) => listener.addr.port));
