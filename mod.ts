@@ -1,30 +1,50 @@
 // Copyright 2026 the LazyConnection authors. MIT license.
 
 /**
- * A connection, or a transaction, for each asynchronous task, from one shared
- * object: what `threading.local()` does for threads, done for tasks with
- * `AsyncLocalStorage`.
+ * One shared object that gives each async task (an HTTP request, say) its own
+ * connection or transaction, without passing it through every function.
+ *
+ * - A *task* is a call of `run()`, with everything that it starts. Its first
+ *   `get()` opens the connection, and every later one gives the same.
+ * - Throw to roll back. A response that is returned commits, whatever its status.
+ * - `run()` inside a task is independent: it takes a connection of its own.
+ * - `runOrJoin()` takes part in the current task, or starts one. If its function
+ *   throws, the whole task rolls back, even if the caller catches the error.
+ * - Nothing that outlives the task can use its connection. A call that has begun
+ *   goes on, so wait for all branches before you throw.
+ * - Retry the whole `run()`.
  *
  * ```ts
  * import { LazyConnection } from "@cookbook/lazy-connection";
  * import { assertEquals } from "@std/assert";
  *
- * await using server = Deno.serve(
- *   { hostname: "127.0.0.1", port: 0 },
- *   () => new Response("Hello"),
+ * const log: string[] = [];
+ * const lazy = new LazyConnection<{ query(sql: string): void }>(
+ *   async (lend) => {
+ *     log.push("BEGIN");
+ *     try {
+ *       await lend({ query: (sql) => void log.push(sql) }); // until the task ends
+ *       log.push("COMMIT");
+ *     } catch (error) {
+ *       log.push("ROLLBACK");
+ *       throw error;
+ *     } finally {
+ *       log.push("close");
+ *     }
+ *   },
  * );
- * await using lazy = new LazyConnection({ port: server.addr.port });
  *
- * async function fetchIndex() {
- *   const conn = await lazy.get(); // this task's own connection
- *   await conn.write(new TextEncoder().encode("GET / HTTP/1.0\r\n\r\n"));
- *   return await new Response(conn.readable).text();
- * } // closed when the task ends
+ * async function insert(value: number) {
+ *   const client = await lazy.get(); // this task's own, however deep the call
+ *   client.query(`INSERT ${value}`);
+ *   if (value < 0) throw new RangeError("negative");
+ * }
  *
- * // Two tasks, two connections
- * const [a, b] = await Promise.all([lazy.run(fetchIndex), lazy.run(fetchIndex)]);
- * assertEquals(a.slice(-5), "Hello");
- * assertEquals(b.slice(-5), "Hello");
+ * await lazy.run(insert, 1);
+ * assertEquals(log.splice(0), ["BEGIN", "INSERT 1", "COMMIT", "close"]);
+ *
+ * await lazy.run(insert, -1).catch(() => {});
+ * assertEquals(log, ["BEGIN", "INSERT -1", "ROLLBACK", "close"]);
  * ```
  *
  * @module
