@@ -902,7 +902,8 @@ type Method = (...args: unknown[]) => unknown;
 
 /** Makes what works as the connection does, as long as its task has it. */
 function standIn(connection: object, loan: Loan): object {
-  let methods: WeakMap<object, object> | undefined;
+  /** What it gives for functions of the connection. */
+  const methods = new WeakMap<object, object>();
   // On the connection itself, a method can use its private fields
   const itself = <T>(self: T) => self === proxy ? connection : self;
 
@@ -926,7 +927,7 @@ function standIn(connection: object, loan: Loan): object {
     const own = Reflect.getOwnPropertyDescriptor(connection, key);
     if (own?.writable === false && !own.configurable) return value; // must be
     if (value === connection) return proxy;
-    let method = (methods ??= new WeakMap()).get(value);
+    let method = methods.get(value);
     if (!method) {
       method = new Proxy(value, { apply });
       methods.set(value, method);
@@ -937,13 +938,28 @@ function standIn(connection: object, loan: Loan): object {
 
   function set(_: object, key: PropertyKey, value: unknown, receiver: object) {
     loan.check();
+    return Reflect.set(connection, key, toStore(value), itself(receiver));
+  }
+
+  function defineProperty(_: object, key: PropertyKey, to: PropertyDescriptor) {
+    loan.check();
+    const own = to.value ? { ...to, value: toStore(to.value) } : to;
+    return Reflect.defineProperty(connection, key, own);
+  }
+
+  /** What the connection gets where this is assigned. */
+  function toStore(value: unknown): unknown {
     // A patched method that is put back must not fail when this task has ended
-    const original = originals.get(value as object) ?? itself(value);
-    return Reflect.set(connection, key, original, itself(receiver));
+    const original = originals.get(value as object) ?? itself(value); // of any type
+    const isForeign = original === value && typeof value === "function";
+    // It is given as it was assigned, as those who patch expect
+    if (isForeign && !methods.has(value)) methods.set(value, value);
+    return original;
   }
 
   // As if it were a function, which it may be
-  const proxy: object = new Proxy(connection as Method, { apply, get, set });
+  const traps = { apply, get, set, defineProperty };
+  const proxy: object = new Proxy(connection as Method, traps);
   return proxy;
 }
 

@@ -1022,6 +1022,7 @@ test("the stand-in refuses all use once the task has ended, however it ended", a
       () => standIn.level,
       () => standIn.sent,
       () => standIn.level = 2,
+      () => Object.defineProperty(standIn, "level", { value: 2 }),
       () => [...standIn],
     ];
     for (const use of uses) assertThrows(use, BadResource, message);
@@ -1074,14 +1075,39 @@ test("the stand-in leaves no trace of a method that is patched and put back", as
     const { query } = standIn;
     standIn.query = (sql) => query.call(standIn, `/* traced */ ${sql}`);
     standIn.query("a");
+    standIn.query = Client.prototype.query; // as by its descriptor
+    standIn.query("b");
     standIn.query = query;
     Object.assign(standIn, { owner: standIn });
   });
   assertStrictEquals(client.query, query);
   assertStrictEquals((client as Client & { owner: object }).owner, client);
   assertStrictEquals(client.on, on);
-  await lent(client, (standIn) => standIn.query("b"));
-  assertEquals(client.sent, ["/* traced */ a", "b"]);
+  await lent(client, (standIn) => standIn.query("c"));
+  assertEquals(client.sent, ["/* traced */ a", "b", "c"]);
+});
+
+test("the stand-in gives a function as it was assigned, as mocks expect", async () => {
+  const client = new Client();
+  await lent(client, (standIn) => {
+    const seen: unknown[] = [];
+    const mock = function (this: unknown) {
+      return seen.push(this);
+    };
+    standIn.query = mock;
+    assertStrictEquals(standIn.query, mock);
+    assertEquals([standIn.query(""), client.query("")], [1, 2]);
+    assertStrictEquals(seen[0], standIn);
+    assertStrictEquals(seen[1], client);
+    const { on } = standIn;
+    for (const value of [mock, on]) {
+      Object.defineProperty(standIn, "on", { value, configurable: true });
+      assertStrictEquals(standIn.on as unknown, value);
+    }
+    Object.defineProperty(standIn, "level", { get: () => 3 });
+    assertEquals(client.level, 3);
+  });
+  assertStrictEquals(client.on, Client.prototype.on);
 });
 
 test("the stand-in does not refuse a connection that calls its own patched method", async () => {
