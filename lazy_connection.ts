@@ -93,7 +93,7 @@ const PENDING = "Cannot end the task: a part of it is pending, await each " +
  * const lazy = new LazyConnection<{ query(sql: string): void }>(
  *   async (lend) => {
  *     log.push(`BEGIN ${modes.getStore() ?? "READ WRITE"}`);
- *     await lend({ query: (sql) => void log.push(sql) });
+ *     await lend({ query: (sql) => void log.push(sql) }); // and so on, as above
  *   },
  * );
  *
@@ -321,7 +321,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
       };
       try {
         await lend(conn as object as C); // so says the type of `target`
-      } finally { // `using` would take 0.3 µs more, a fifth of the whole
+      } finally { // `using` would take 0.25 µs more (deno task ratios)
         conn[Symbol.dispose]();
       }
     };
@@ -378,18 +378,14 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * import { LazyConnection } from "@cookbook/lazy-connection";
    * import { assertEquals } from "@std/assert";
    *
-   * const ends: string[] = [];
-   * const lazy = new LazyConnection<Date>(async (lend) => {
-   *   const end = lend(new Date());
-   *   ends.push(await end.then(() => "commit", () => "roll back"));
-   * });
+   * const lazy = new LazyConnection<Date>((lend) => lend(new Date(0)));
    *
-   * await lazy.run(() => lazy.get());
-   * await lazy.run(async () => {
-   *   await lazy.get();
-   *   throw new Error("no");
-   * }).catch(() => {});
-   * assertEquals(ends, ["commit", "roll back"]);
+   * async function addYears(years: number): Promise<number> {
+   *   const date = await lazy.get();
+   *   return date.getUTCFullYear() + years;
+   * }
+   *
+   * assertEquals(await lazy.run(addYears, 1), 1971);
    * ```
    *
    * @example An error that becomes a response
@@ -464,7 +460,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * const log: string[] = [];
    * const lazy = new LazyConnection<{ query(sql: string): void }>(
    *   async (lend) => {
-   *     await lend({ query: (sql) => void log.push(sql) });
+   *     await lend({ query: (sql) => void log.push(sql) }); // rejects, to roll back
    *     log.push("COMMIT");
    *   },
    * );
