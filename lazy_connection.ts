@@ -934,23 +934,24 @@ function standIn(connection: object, loan: Loan): object {
 
   function set(_: object, key: PropertyKey, value: unknown, receiver: object) {
     loan.check();
-    return Reflect.set(connection, key, toStore(value), itself(receiver));
+    return Reflect.set(connection, key, toStore(key, value), itself(receiver));
   }
 
   function defineProperty(_: object, key: PropertyKey, to: PropertyDescriptor) {
     loan.check();
-    const own = to.value ? { ...to, value: toStore(to.value) } : to;
+    const own = to.value ? { ...to, value: toStore(key, to.value) } : to;
     return Reflect.defineProperty(connection, key, own);
   }
 
   /** What the connection gets where this is assigned. */
-  function toStore(value: unknown): unknown {
+  function toStore(key: PropertyKey, value: unknown): unknown {
     // A patched method that is put back must not fail when this task has ended
     const original = originals.get(value as object) ?? itself(value); // of any type
-    const isForeign = original === value && typeof value === "function";
-    // It is given as it was assigned, as those who patch expect
-    if (isForeign && !methods.has(value)) methods.set(value, value);
-    return original;
+    if (original !== value || typeof value !== "function") return original;
+    get(connection, key, proxy); // so that `methods` has the one that it replaces
+    // What is not the connection's own is given as it was, as patching needs
+    if (!methods.has(value)) methods.set(value, value);
+    return value;
   }
 
   // As if it were a function, which it may be

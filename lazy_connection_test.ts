@@ -1106,6 +1106,12 @@ test("the stand-in gives a function as it was assigned, as mocks expect", async 
     }
     Object.defineProperty(standIn, "level", { get: () => 3 });
     assertEquals(client.level, 3);
+
+    const quote = Object.getOwnPropertyDescriptor(standIn, "quote")!;
+    standIn.quote = () => "mocked";
+    assertEquals(standIn.quote("a"), "mocked");
+    Object.defineProperty(standIn, "quote", quote); // it was never read before
+    assertNotStrictEquals(standIn.quote, client.quote);
   });
   assertStrictEquals(client.on, Client.prototype.on);
 });
