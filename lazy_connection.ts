@@ -3,7 +3,7 @@
 import { AsyncLocalStorage } from "node:async_hooks";
 
 const { AlreadyExists, BadResource, Busy, NotConnected } = Deno.errors;
-const BOTH = "Cannot close the connection: there was another error before";
+const BOTH = "Cannot end the task: it failed, and so did its opener";
 const CONNECTED = "Cannot connect: the task has a socket or is opening one, " +
   "dispose of it or start another task with run()";
 const DISPOSED = "Cannot use the LazyConnection: it has been disposed of";
@@ -13,8 +13,11 @@ const NO_BLOCK = "Cannot connect: a block cannot tell the opener whether it " +
   "succeeded, call get()";
 const NO_DISPOSAL = "Cannot dispose of the connection: its opener closes it " +
   "when the task ends, use an inner run() to end earlier";
-const NO_OBJECT = "Cannot lend: the connection must be an object";
+const NO_OBJECT = "Cannot lend: the connection must be an object, and no " +
+  "promise";
 const NO_TASK = "Cannot get a connection: there is no task, call run() first";
+const NOT_LENT = "Cannot get a connection: its opener is over, and has lent " +
+  "none, it must `await lend(connection)`";
 const OVER = "Cannot use the connection: its opener was over before the " +
   "task, it must `await lend(connection)`";
 const PENDING = "Cannot end the task: a part of it is pending, await each " +
@@ -34,15 +37,17 @@ const PENDING = "Cannot end the task: a part of it is pending, await each " +
  * its own `LazyConnection`, which would wait for ever.
  *
  * The task gets a *stand-in* for the connection: a `Proxy`, which works like the
- * connection until the task ends. After that, whatever still has it gets a
- * `Deno.errors.BadResource` instead of writing into somebody else's transaction.
+ * connection until the task ends. After that, whoever still reads from it, writes
+ * to it or calls it gets a `Deno.errors.BadResource`, rather than writing into
+ * somebody else's transaction.
  *
  * - What a method returns or gives to a callback, such as a prepared statement,
  *   is no stand-in, and a call that has begun goes on.
  * - A stream that is piped into a stand-in throws in its listener once the task
  *   has ended.
  * - A function that needs the very object, such as `backup()` of `node:sqlite`,
- *   refuses a stand-in. For that, lend `Object.freeze({ client })`.
+ *   refuses a stand-in. For that, lend `Object.freeze({ client })`, of which the
+ *   stand-in gives `client` as it is.
  *
  * @example A transaction for each task
  * ```ts
@@ -216,12 +221,12 @@ const PENDING = "Cannot end the task: a part of it is pending, await each " +
  * @typeParam C The type of the connection.
  * @param lend Lends the connection. It never throws. It rejects with a
  * `Deno.errors.Busy` if the same `LazyConnection` has lent the connection to
- * another task, and with a `TypeError` if the connection is not an object; then
- * nothing is lent. If it is called again after it has lent, it rejects with a
- * `TypeError`, whose `cause` is the task's error, if any.
+ * another task, and with a `TypeError` if the connection is not an object, or is
+ * a promise; then nothing is lent. If it is called again after it has lent, it
+ * rejects with a `TypeError`, whose `cause` is the task's error, if any.
  * @param signal Aborts when the attempt is cancelled, and never once the
- * connection is lent. A cancelled attempt rejects at once; nobody hears what its
- * opener does after that, or fails with.
+ * connection is lent. A cancelled attempt rejects at once. Nobody hears of what
+ * its opener does after that, but disposal waits for it.
  * @returns A promise that settles when the connection is closed.
  */
 export type Opener<C extends object> = (
@@ -263,14 +268,17 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   implements AsyncDisposable {
   readonly #opener: Opener<C>;
   /** Whether it is made from options, and lends sockets as they are. */
-  readonly #sockets: boolean;
+  readonly #sockets: boolean = false;
+  /** The signal of the options. */
   readonly #signal: AbortSignal | undefined;
   readonly #tasks = new AsyncLocalStorage<Task>();
+  /** Stands for all code outside of `run()`. It never ends. */
   readonly #outside = new Task();
-  /** Those whose openers are not over. */
+  /** The loans whose openers are not over. */
   readonly #loans = new Set<Loan>();
-  /** What openers have lent, as long as a task has it. */
+  /** The connections that are lent; none may be lent twice at once. */
   readonly #lent = new Set<object>();
+  /** Why everything is refused, once it is disposed of. */
   #disposed: Error | undefined;
 
   /**
@@ -301,15 +309,15 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   constructor(
     target: Opener<C> | (Deno.TcpConn extends C ? Deno.ConnectOptions : never),
   ) {
-    this.#sockets = typeof target !== "function";
     if (typeof target === "function") {
       this.#opener = target;
       return;
     }
+    this.#sockets = true;
     const { signal, ...options }: Deno.ConnectOptions = target;
     this.#signal = signal;
     this.#opener = async (lend, signal) => {
-      const { loan } = this.#task; // it is called inside the task
+      const { loan } = this.#task; // the one that this call is for
       // Deno.connect() calls this last. If it threw, a socket that opened just
       // as the signal aborted would be lost; lend() rejects instead.
       signal.throwIfAborted = () => {};
@@ -327,7 +335,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     };
   }
 
-  /** The one that runs, or all that is outside of `run()`. */
+  /** The current task. */
   get #task(): Task {
     return this.#tasks.getStore() ?? this.#outside;
   }
@@ -356,7 +364,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * @returns The connection, or `undefined`.
    */
   get current(): C | undefined {
-    return this.#task.loan?.lent as C | undefined; // nothing but a C is lent
+    return this.#task.loan?.connection as C | undefined; // nothing but a C is lent
   }
 
   /**
@@ -485,18 +493,20 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * ```
    *
    * @typeParam A The types of the arguments.
-   * @typeParam R What the function returns.
+   * @typeParam R What the function returns, be it a promise.
    * @param callback The function to call; it may be synchronous.
    * @param args The arguments to call it with.
    * @returns The function's result.
+   * @throws {unknown} Whatever the function fails with, or the opener after it
+   * has lent.
+   * @throws {SuppressedError} If both fail, unless one error is the other's
+   * `cause` or `suppressed`: `suppressed` is the function's error, `error` the
+   * opener's.
    * @throws {Deno.errors.BadResource} If the `LazyConnection` has been disposed
    * of: before the call, and the function is not called; or later, while the
    * task had a connection.
    * @throws {TypeError} If a call of `runOrJoin()` in the task is still pending
    * when the function succeeds, or if the opener does not await `lend()`.
-   * @throws {SuppressedError} If the function fails and then the opener fails
-   * with an error that does not have the function's as its `cause`: `suppressed`
-   * is the function's error, `error` the opener's.
    */
   async run<A extends unknown[], R>(
     callback: (...args: A) => R,
@@ -554,14 +564,13 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * ```
    *
    * @typeParam A The types of the arguments.
-   * @typeParam R What the function returns.
+   * @typeParam R What the function returns, be it a promise.
    * @param callback The function to call; it may be synchronous.
    * @param args The arguments to call it with.
    * @returns The function's result.
-   * @throws {Deno.errors.BadResource} If the task has ended, or as `run()`, if it
-   * starts a task.
-   * @throws {TypeError} As `run()`, if it starts a task.
-   * @throws {SuppressedError} As `run()`, if it starts a task.
+   * @throws {unknown} Whatever the function fails with.
+   * @throws {Deno.errors.BadResource} If the task has ended. Outside of a task,
+   * this and what else `run()` throws.
    */
   async runOrJoin<A extends unknown[], R>(
     callback: (...args: A) => R,
@@ -569,12 +578,12 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   ): Promise<Awaited<R>> {
     const task = this.#tasks.getStore();
     if (!task) return await this.run(callback, ...args);
-    if (task.ended) throw ended("join");
+    if (task.ended) throw endedError("join");
     task.parts++;
     try {
       return await callback(...args);
     } catch (error) {
-      task.failure = { error };
+      task.failure = { error }; // the last one, which may translate an earlier one
       throw error;
     } finally {
       task.parts--;
@@ -585,8 +594,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * Gets the task's connection: the one that it has, else the one that is being
    * opened, whoever began that, else a new one.
    *
-   * However deep in the call stack it is asked for, and by however many at
-   * once, the task opens one connection, and keeps it to its end.
+   * All calls in a task, however deep and however many at once, get the same
+   * connection, which the task keeps to its end.
    *
    * If the attempt fails or is cancelled, it fails for all who wait for it, and
    * the next call tries again. A time-out belongs in the opener or, for one
@@ -646,6 +655,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    *
    * @returns The connection: a stand-in for what an opener has lent, or the
    * socket itself.
+   * @throws {unknown} Whatever the opener fails with, or `Deno.connect`.
    * @throws {Deno.errors.BadResource} If the task has ended or the
    * `LazyConnection` has been disposed of, before the call or during it.
    * @throws {Deno.errors.Busy} If the opener lends another task's connection.
@@ -656,6 +666,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    */
   get(): Promise<C> {
     const task = this.#task;
+    // After disposal, #connection() says so
     if (task === this.#outside && !task.loan && !this.#disposed) {
       return Promise.reject(new NotConnected(NO_TASK));
     }
@@ -667,7 +678,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * `LazyConnection` that is made from the options of `Deno.connect`.
    *
    * Disposing of the socket, at the end of the block or by a call, closes it at
-   * once, and the task may open another. Its `close()` method only closes it.
+   * once, and the task may open another. Its `close()` closes it, too, but the
+   * task keeps it: `get()` goes on giving the closed socket.
    *
    * What an opener lends is for `get()`: a disposer cannot tell whether its
    * block succeeded, so it could not commit.
@@ -698,6 +710,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * @param options.signal Cancels the attempt, which then rejects at once with
    * the signal's `reason`. It has no effect once the socket is open.
    * @returns The socket.
+   * @throws {unknown} Whatever `Deno.connect` fails with, or the signal's
+   * `reason`.
    * @throws {Deno.errors.AlreadyExists} If the task has a socket, or is opening
    * one.
    * @throws {Deno.errors.BadResource} If the task has ended or the
@@ -711,16 +725,16 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   ): Promise<Deno.TcpConn> {
     if (!this.#sockets) return Promise.reject(new TypeError(NO_BLOCK));
     const task = this.#task;
-    if (task.loan && !this.#disposed) {
+    if (task.loan && !this.#disposed) { // see get()
       return Promise.reject(new AlreadyExists(CONNECTED));
     }
-    return this.#connection(task, signal) as Promise<Deno.TcpConn>; // see get()
+    return this.#connection(task, signal) as Promise<Deno.TcpConn>;
   }
 
   /** The task's connection: the one that it has, or is opening, or a new one. */
   #connection(task: Task, signal = this.#signal): Promise<object> {
     const { loan } = task;
-    if (task.ended) return rejected(ended("connect"));
+    if (task.ended) return rejected(endedError("connect"));
     if (loan?.taken) return rejected(loan.taken.error);
     if (loan) return loan.opened.promise;
     if (this.#disposed) return rejected(this.#disposed);
@@ -744,7 +758,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
       cancel?.throwIfAborted();
       cancel?.addEventListener("abort", abort);
       const lend = (connection: C) => this.#lend(loan, connection);
-      await this.#opener(lend, loan.attempt.signal);
+      const opener = this.#opener; // a function of its own, without `this`
+      await opener(lend, loan.attempt.signal);
     } catch (error) {
       failure = { error };
     }
@@ -752,7 +767,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     this.#loans.delete(loan);
     loan.over = true;
     if (loan.state !== "ended") {
-      failure ??= { error: new TypeError(OVER) };
+      failure ??= { error: new TypeError(loan.returned ? OVER : NOT_LENT) };
       loan.end(failure);
     } else if (loan.failure && loan.failure.error === failure?.error) {
       failure = undefined; // the opener only passes on what lend() rejected with
@@ -765,25 +780,27 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     const again = failure && { cause: failure.error };
     if (returned) return rejected(new TypeError(LENT, again));
     if (state === "ended") return rejected(failure?.error);
-    if (Object(connection) !== connection) {
+    // A promise that resolves to a thenable would resolve to what that gives
+    if (Object(connection) !== connection || "then" in connection) {
       return rejected(new TypeError(NO_OBJECT));
     }
     if (this.#sockets) return loan.lend(connection);
     if (this.#lent.has(connection)) return rejected(new Busy(LENT_TO_ANOTHER));
     this.#lent.add(connection);
-    const lent = loan.lend(standIn(connection, loan));
+    const end = loan.lend(standIn(connection, loan));
     const free = () => this.#lent.delete(connection);
-    lent.then(free, free); // before the opener goes on, and if it does not await
-    return lent;
+    end.then(free, free); // before the opener goes on, which may hand it on
+    return end;
   }
 
   /**
-   * Has every connection closed, cancels every attempt to connect, and refuses
-   * whatever comes later. It waits for all openers, but not for tasks to end.
+   * Takes every connection from its task, so that openers roll back and close,
+   * cancels every attempt to connect, and refuses whatever comes later. It waits
+   * for all openers, but not for tasks to end.
    *
    * A task that had a connection fails with a `Deno.errors.BadResource`, even if
-   * its function succeeds: what was not committed is no success. What fails in
-   * closing, the task's `run()` rejects with, too.
+   * its function succeeds: what was not committed is no success. If closing fails,
+   * `run()` rejects with that as well.
    *
    * @example Usage
    * ```ts
@@ -805,12 +822,13 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   async [Symbol.asyncDispose](): Promise<void> {
     const error = this.#disposed ??= new BadResource(DISPOSED);
     for (const loan of this.#loans) loan.end({ error });
-    await null; // an opener that calls this has to return, to have a `closed`
+    // An opener that calls this is still to return, before its loan has `closed`
+    await null;
     await Promise.all(Array.from(this.#loans, ({ closed }) => closed));
   }
 }
 
-/** A call of `run()`, or all that is outside of any. */
+/** A call of `run()`, or all code outside of any. */
 class Task {
   ended = false;
   /** How many of its parts, the calls of `runOrJoin()` in it, are pending. */
@@ -820,14 +838,14 @@ class Task {
   /** Its attempt to connect, then its connection. */
   loan: Loan | undefined;
 
-  /** Ends it, and returns what it fails with. */
+  /** Ends the task, and returns what it fails with. */
   end(failure: Failure): Failure {
     const { loan } = this;
-    this.ended = true;
     failure ??= this.failure ?? loan?.taken;
     if (this.parts > 0) failure ??= { error: new TypeError(PENDING) };
-    const isOpening = loan?.state === "opening";
-    loan?.end(isOpening ? { error: ended("connect") } : failure);
+    this.ended = true;
+    if (loan?.state === "opening") loan.end({ error: endedError("connect") });
+    else loan?.end(failure);
     return failure;
   }
 }
@@ -840,75 +858,90 @@ class Task {
  */
 class Loan {
   state: "opening" | "lent" | "ended" = "opening";
+  /** What the task has, as long as it has it: the stand-in, or the socket. */
+  connection: object | undefined;
   /** Why it has ended, if not with the success of its task. */
   failure: Failure;
-  /** Why it was taken from its task, if it was: the task goes on without it. */
-  taken: Failure;
-  /** What the task has, as long as it has it. */
-  lent: object | undefined;
-  /** Settles when the opener is over, with what closing failed with. */
-  closed: Promise<Failure> | undefined;
+  /** What `get()` and `connect()` return. */
+  readonly opened = Promise.withResolvers<object>();
   /** What `lend()` returns, once it has lent. */
   returned: PromiseWithResolvers<void> | undefined;
+  /** Resolves when the opener is over, to what it failed with in closing. */
+  closed: Promise<Failure> | undefined;
   /** Whether the opener is over. */
   over = false;
+  /** Has the signal that the opener is called with. */
   readonly attempt = new AbortController();
-  readonly opened = Promise.withResolvers<object>();
 
   constructor(readonly task: Task) {}
 
-  /** The attempt succeeds. */
-  lend(lent: object): Promise<void> {
+  /** Why it was taken from its task, which goes on and keeps the loan. */
+  get taken(): Failure {
+    return this.task.loan === this ? this.failure : undefined;
+  }
+
+  /** Lends what the task gets. The promise settles when the loan ends. */
+  lend(connection: object): Promise<void> {
     this.state = "lent";
-    this.lent = lent;
-    this.opened.resolve(lent);
+    this.connection = connection;
+    this.opened.resolve(connection);
     this.returned = Promise.withResolvers<void>();
     return this.returned.promise;
   }
 
-  /** Ends it: the attempt rejects, or what `lend()` has returned settles. */
+  /** Ends the loan, once: the attempt rejects, or what `lend()` has returned settles. */
   end(failure?: Failure): void {
     const { state, task } = this;
     if (state === "ended") return;
     this.state = "ended";
     this.failure = failure;
-    this.lent = undefined;
-    if (state === "lent" && failure && !task.ended) this.taken = failure;
-    else task.loan = undefined;
+    this.connection = undefined;
+    const isTaken = state === "lent" && failure && !task.ended;
+    if (!isTaken) task.loan = undefined;
     if (state === "opening") {
       quiet(this.opened.promise);
       this.opened.reject(failure?.error);
       if (!this.over) this.attempt.abort(failure?.error);
-    } else if (failure) {
-      this.returned!.reject(failure.error);
-    } else this.returned!.resolve();
+    } else if (failure) this.returned!.reject(failure.error);
+    else this.returned!.resolve();
   }
 
   /** Throws if the task does not have the connection any more. */
   check(): void {
-    if (this.task.ended) throw ended("use the connection");
+    if (this.task.ended) throw endedError("use the connection");
     if (this.taken) throw this.taken.error;
   }
 }
 
-/** The connections' own methods, by those that stand-ins give. */
+/** The connections' own functions, by the guarded ones that stand-ins give. */
 const originals = new WeakMap<object, object>();
 
 type Method = (...args: unknown[]) => unknown;
 
 /** Makes what works as the connection does, as long as its task has it. */
 function standIn(connection: object, loan: Loan): object {
-  /** What it gives for functions of the connection. */
-  const methods = new WeakMap<object, object>();
+  /** What the stand-in gives for functions of the connection. */
+  const given = new WeakMap<object, object>();
   // On the connection itself, a method can use its private fields
-  const itself = <T>(self: T) => self === proxy ? connection : self;
+  const unwrap = <T>(self: T) => self === proxy ? connection : self;
 
+  /** Calls the connection, or a function that `guarded()` has made. */
   function apply(method: Method, self: object, args: unknown[]): unknown {
-    // The connection itself calls a method of its own that has been patched
+    // A patch that a task has left on the connection: this one has its own guard
     if (self === connection) return Reflect.apply(method, self, args);
     loan.check();
-    const result = Reflect.apply(method, itself(self), args);
+    const result = Reflect.apply(method, unwrap(self), args);
     return result === connection ? proxy : result;
+  }
+
+  function guarded(original: object): object {
+    let method = given.get(original);
+    if (!method) {
+      method = new Proxy(original, { apply });
+      given.set(original, method);
+      originals.set(method, original);
+    }
+    return method;
   }
 
   function get(_: object, key: PropertyKey, receiver: object): unknown {
@@ -917,45 +950,47 @@ function standIn(connection: object, loan: Loan): object {
     }
     // A promise that resolves to it asks for the one, console.log for the other
     if (key !== "then" && key !== Symbol.toStringTag) loan.check();
-    const value: unknown = Reflect.get(connection, key, itself(receiver));
+    const value: unknown = Reflect.get(connection, key, unwrap(receiver));
     const isMethod = typeof value === "function" && key !== "constructor";
     if (!isMethod && value !== connection) return value;
     const own = Reflect.getOwnPropertyDescriptor(connection, key);
     if (own?.writable === false && !own.configurable) return value; // must be
-    if (value === connection) return proxy;
-    let method = methods.get(value);
-    if (!method) {
-      method = new Proxy(value, { apply });
-      methods.set(value, method);
-      originals.set(method, value);
-    }
-    return method;
+    return value === connection ? proxy : guarded(value);
   }
 
   function set(_: object, key: PropertyKey, value: unknown, receiver: object) {
     loan.check();
-    return Reflect.set(connection, key, toStore(key, value), itself(receiver));
+    return Reflect.set(connection, key, toStore(key, value), unwrap(receiver));
   }
 
   function defineProperty(_: object, key: PropertyKey, to: PropertyDescriptor) {
     loan.check();
-    const own = to.value ? { ...to, value: toStore(key, to.value) } : to;
+    const own = "value" in to ? { ...to, value: toStore(key, to.value) } : to;
     return Reflect.defineProperty(connection, key, own);
   }
 
   /** What the connection gets where this is assigned. */
   function toStore(key: PropertyKey, value: unknown): unknown {
-    // A patched method that is put back must not fail when this task has ended
-    const original = originals.get(value as object) ?? itself(value); // of any type
+    // A patched method that is put back must not fail when this task has ended.
+    // WeakMap.get() takes any value, although its type does not
+    const original = originals.get(value as object) ?? unwrap(value);
     if (original !== value || typeof value !== "function") return original;
-    get(connection, key, proxy); // so that `methods` has the one that it replaces
-    // What is not the connection's own is given as it was, as patching needs
-    if (!methods.has(value)) methods.set(value, value);
+    // A function of the task's own is given as it was, as those who patch expect;
+    // but not one that it replaces or hides, and that is put back
+    for (
+      let at: object | null = connection;
+      at;
+      at = Reflect.getPrototypeOf(at)
+    ) {
+      const own = Reflect.getOwnPropertyDescriptor(at, key)?.value;
+      if (typeof own === "function") guarded(own);
+    }
+    if (!given.has(value)) given.set(value, value);
     return value;
   }
 
-  // As if it were a function, which it may be
   const traps = { apply, get, set, defineProperty };
+  // As if it were a function, which it may be
   const proxy: object = new Proxy(connection as Method, traps);
   return proxy;
 }
@@ -963,25 +998,25 @@ function standIn(connection: object, loan: Loan): object {
 /** What was thrown, be it `undefined`. */
 type Failure = { readonly error: unknown } | undefined;
 
-/** One failure out of two, as `await using` makes it, unless one has the other. */
-function both(earlier: Failure, later: Failure): Failure {
-  if (!earlier || !later) return earlier ?? later;
-  if (has(later.error, earlier.error)) return later;
-  if (has(earlier.error, later.error)) return earlier;
-  return { error: new SuppressedError(later.error, earlier.error, BOTH) };
+/** One failure out of a task's and its opener's: both, unless one has the other. */
+function both(own: Failure, opener: Failure): Failure {
+  if (!own || !opener) return own ?? opener;
+  if (has(opener.error, own.error)) return opener;
+  if (has(own.error, opener.error)) return own;
+  return { error: new SuppressedError(opener.error, own.error, BOTH) };
 }
 
 /** Whether an error is another one, or its `cause` or `suppressed` is. */
 function has(error: unknown, other: unknown): boolean {
   if (error === other) return true;
-  if (error instanceof SuppressedError && error.suppressed === other) {
-    return true;
-  }
-  return error instanceof Error && "cause" in error && error.cause === other;
+  if (!(error instanceof Error)) return false;
+  // The other may be `undefined`, which an error without a cause does not have
+  if ("cause" in error && error.cause === other) return true;
+  return "suppressed" in error && error.suppressed === other;
 }
 
-/** The error of what can be done only before the end of the task. */
-function ended(act: string): Error {
+/** The error of what can only be done before the task has ended. */
+function endedError(act: string): Error {
   const message = "the task has ended, start another with run()";
   return new BadResource(`Cannot ${act}: ${message}`);
 }
@@ -992,7 +1027,7 @@ function quiet<T>(promise: Promise<T>): Promise<T> {
   return promise;
 }
 
-/** A promise that has rejected, although nobody may await it. */
+/** Rejects what nobody may await; only wrong use, such as a second `connect()`, ends the process. */
 function rejected(error: unknown): Promise<never> {
   return quiet(Promise.reject(error));
 }

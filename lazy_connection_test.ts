@@ -21,6 +21,8 @@ import { LazyConnection, type Opener } from "./mod.ts";
 const { AlreadyExists, BadResource, Busy, NotConnected } = Deno.errors;
 const DISPOSED = "Cannot use the LazyConnection: it has been disposed of";
 const ENDED = "the task has ended, start another with run()";
+const NOT_LENT = "Cannot get a connection: its opener is over, and has lent " +
+  "none, it must `await lend(connection)`";
 const OVER = "Cannot use the connection: its opener was over before the " +
   "task, it must `await lend(connection)`";
 
@@ -365,7 +367,7 @@ function assertBoth(both: unknown, earlier: unknown, later: unknown) {
   assertInstanceOf(both, SuppressedError);
   // Not narrowed where std comes without types
   const { error, suppressed, message } = both as SuppressedError;
-  assertStringIncludes(message, "Cannot close the connection");
+  assertStringIncludes(message, "it failed, and so did its opener");
   assertStrictEquals(error, later);
   assertStrictEquals(suppressed, earlier);
 }
@@ -532,7 +534,7 @@ test("LazyConnection.get() fails for all who wait if the opener fails, then trie
         await delay(0); // nobody awaits them yet, and the process goes on
         for (const reason of await Promise.all(gets.map(reasonOf))) {
           if (name !== "by never lending") assertStrictEquals(reason, error);
-          else assertOver(reason);
+          else assertOver(reason, NOT_LENT);
         }
         assertInstanceOf(await lazy.get(), Fake);
       });
@@ -775,10 +777,12 @@ test("lend() refuses another task's connection, and the opener may lend another"
   });
 });
 
-test("lend() refuses what is no object, and the opener may lend another", async () => {
-  for (const value of [undefined, null, 1, "a", Symbol("a")]) {
+test("lend() refuses what is no object, or a promise, and the opener may lend another", async () => {
+  const values = [undefined, null, 1, "a", Symbol("a"), Promise.resolve({})];
+  for (const value of values) {
     const lazy = new LazyConnection<Fake>(async (lend) => {
-      const message = "Cannot lend: the connection must be an object";
+      const message = "Cannot lend: the connection must be an object, " +
+        "and no promise";
       const refused = lend(value as unknown as Fake); // the types forbid it
       await assertRejects(() => refused, TypeError, message);
       await lend(new Fake());
@@ -818,6 +822,14 @@ test("lend() lets a pool hand a connection on from within closing", async () => 
   const task = () => lazy.run(() => lazy.get());
   await Promise.all([task(), task(), task()]);
   assertEquals(free, [pooled]);
+});
+
+test("LazyConnection calls the opener as a function of its own", async () => {
+  const lazy = new LazyConnection<Fake>(function (this: unknown, lend) {
+    assertEquals(this, undefined);
+    return opener(lend);
+  });
+  await lazy.run(() => lazy.get());
 });
 
 test("LazyConnection lets an opener start a task of its own", async () => {
@@ -871,9 +883,9 @@ test("LazyConnection fails the task with one error if its opener is over first",
 });
 
 /** Asserts that an error says that the opener was over too early. */
-function assertOver(reason: unknown) {
+function assertOver(reason: unknown, message = OVER) {
   assertInstanceOf(reason, TypeError);
-  assertStringIncludes(String(reason), OVER);
+  assertStringIncludes(String(reason), message);
 }
 
 /** What a function throws. */
@@ -1090,6 +1102,8 @@ test("the stand-in leaves no trace of a method that is patched and put back", as
 test("the stand-in gives a function as it was assigned, as mocks expect", async () => {
   const client = new Client();
   await lent(client, (standIn) => {
+    standIn.query = Client.prototype.query; // which is the connection's own
+    assertEquals(standIn.query("a"), 1);
     const seen: unknown[] = [];
     const mock = function (this: unknown) {
       return seen.push(this);
@@ -1114,6 +1128,21 @@ test("the stand-in gives a function as it was assigned, as mocks expect", async 
     assertNotStrictEquals(standIn.quote, client.quote);
   });
   assertStrictEquals(client.on, Client.prototype.on);
+});
+
+test("the stand-in reads nothing of a property that is assigned", async () => {
+  const handlers: unknown[] = [];
+  const client = {
+    get onmessage(): () => void {
+      throw new Error("read");
+    },
+    set onmessage(handler) {
+      handlers.push(handler);
+    },
+  };
+  const handler = () => {};
+  await lent(client, (standIn) => standIn.onmessage = handler);
+  assertStrictEquals(handlers[0], handler);
 });
 
 test("the stand-in does not refuse a connection that calls its own patched method", async () => {
