@@ -735,7 +735,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   #connection(task: Task, signal = this.#signal): Promise<object> {
     const { loan } = task;
     if (task.ended) return rejected(endedError("connect"));
-    if (loan?.taken) return rejected(loan.taken.error);
+    if (loan?.failure) return rejected(loan.failure.error);
     if (loan) return loan.opened.promise;
     if (this.#disposed) return rejected(this.#disposed);
     const next = task.loan = new Loan(task);
@@ -841,7 +841,7 @@ class Task {
   /** Ends the task, and returns what it fails with. */
   end(failure: Failure): Failure {
     const { loan } = this;
-    failure ??= this.failure ?? loan?.taken;
+    failure ??= this.failure ?? loan?.failure;
     if (this.parts > 0) failure ??= { error: new TypeError(PENDING) };
     this.ended = true;
     if (loan?.state === "opening") loan.end({ error: endedError("connect") });
@@ -875,11 +875,6 @@ class Loan {
 
   constructor(readonly task: Task) {}
 
-  /** Why it was taken from its task, which goes on and keeps the loan. */
-  get taken(): Failure {
-    return this.task.loan === this ? this.failure : undefined;
-  }
-
   /** Lends what the task gets. The promise settles when the loan ends. */
   lend(connection: object): Promise<void> {
     this.state = "lent";
@@ -896,8 +891,8 @@ class Loan {
     this.state = "ended";
     this.failure = failure;
     this.connection = undefined;
-    const isTaken = state === "lent" && failure && !task.ended;
-    if (!isTaken) task.loan = undefined;
+    // What is taken from a task stays with it, so that it gets no other
+    if (state === "opening" || !failure) task.loan = undefined;
     if (state === "opening") {
       quiet(this.opened.promise);
       this.opened.reject(failure?.error);
@@ -909,7 +904,7 @@ class Loan {
   /** Throws if the task does not have the connection any more. */
   check(): void {
     if (this.task.ended) throw endedError("use the connection");
-    if (this.taken) throw this.taken.error;
+    if (this.failure) throw this.failure.error;
   }
 }
 
