@@ -972,13 +972,11 @@ function standIn(connection: object, loan: Loan): object {
     if (original !== value || typeof value !== "function") return original;
     // A function of the task's own is given as it was, as those who patch expect;
     // but not one that it replaces or hides, and that is put back
-    for (
-      let at: object | null = connection;
-      at;
-      at = Reflect.getPrototypeOf(at)
-    ) {
+    let at: object | null = connection;
+    while (at) {
       const own = Reflect.getOwnPropertyDescriptor(at, key)?.value;
       if (typeof own === "function") guarded(own);
+      at = Reflect.getPrototypeOf(at);
     }
     if (!given.has(value)) given.set(value, value);
     return value;
