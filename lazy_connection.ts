@@ -891,8 +891,9 @@ class Loan {
     this.state = "ended";
     this.failure = failure;
     this.connection = undefined;
-    // What is taken from a task stays with it, so that it gets no other
-    if (state === "opening" || !failure) task.loan = undefined;
+    // What is taken from a running task stays with it, so that it gets no other
+    const isTaken = state === "lent" && failure && !task.ended;
+    if (!isTaken) task.loan = undefined;
     if (state === "opening") {
       quiet(this.opened.promise);
       this.opened.reject(failure?.error);

@@ -262,21 +262,26 @@ test("LazyConnection.run() is one task with what it starts", async () => {
   });
 });
 
-test("LazyConnection.run() leaves nothing to what outlives it", async () => {
-  const { lazy, sockets } = ofSockets();
-  const leftover = await lazy.run(async () => {
-    await lazy.get();
-    return AsyncLocalStorage.snapshot();
-  });
-  assertEquals(sockets.splice(0).map(({ closed }) => closed), [1]);
-  const message = `Cannot connect: ${ENDED}`;
-  await assertRejects(() => leftover(() => lazy.get()), BadResource, message);
-  const connect = leftover(() => lazy.connect());
-  await assertRejects(() => connect, BadResource, message);
-  assertEquals(leftover(() => lazy.current), undefined);
-  assertEquals(sockets.length, 0);
-  await leftover(() => lazy.run(() => lazy.get()));
-  assertEquals(sockets.length, 1);
+test("LazyConnection.run() leaves nothing to what outlives it, however it ended", async () => {
+  for (const error of [undefined, new Error("task")]) {
+    const { lazy, sockets } = ofSockets();
+    let leftover!: ReturnType<typeof AsyncLocalStorage.snapshot>;
+    const run = lazy.run(async () => {
+      await lazy.get();
+      leftover = AsyncLocalStorage.snapshot();
+      if (error) throw error;
+    });
+    assertStrictEquals(await run.catch((error) => error), error);
+    assertEquals(sockets.splice(0).map(({ closed }) => closed), [1]);
+    const message = `Cannot connect: ${ENDED}`;
+    await assertRejects(() => leftover(() => lazy.get()), BadResource, message);
+    const connect = leftover(() => lazy.connect());
+    await assertRejects(() => connect, BadResource, message);
+    assertEquals(leftover(() => lazy.current), undefined);
+    assertEquals(sockets.length, 0);
+    await leftover(() => lazy.run(() => lazy.get()));
+    assertEquals(sockets.length, 1);
+  }
 });
 
 // run(): how a task ends
@@ -856,7 +861,7 @@ test("LazyConnection fails the task with one error if its opener is over first",
   for (const [name, [over, own, got]] of Object.entries(cases)) {
     await t.step(name, async () => {
       const { lazy, calls } = driven();
-      let leftover: () => unknown;
+      let leftover!: { fake: Fake; get: () => Promise<Fake> };
       const run = lazy.run(async () => {
         const get = lazy.get();
         const lent = calls[0]!.lend(new Fake());
@@ -870,14 +875,16 @@ test("LazyConnection fails the task with one error if its opener is over first",
         assertStrictEquals(await reasonOf(lent), reason);
         assertStrictEquals(thrownBy(() => fake.query("")), reason);
         assertEquals([lazy.current, calls.length], [undefined, 1]);
-        leftover = () => fake.query("");
+        const inTask = AsyncLocalStorage.snapshot();
+        leftover = { fake, get: () => inTask(() => lazy.get()) };
         if (own) throw own;
       });
       const reason = await reasonOf(run);
       if (got === SuppressedError) assertBoth(reason, own, over);
       else if (typeof got === "object") assertStrictEquals(reason, got);
       else assertOver(reason);
-      assertThrows(leftover!, BadResource, ENDED);
+      assertThrows(() => leftover.fake.query(""), BadResource, ENDED);
+      await assertRejects(leftover.get, BadResource, ENDED);
     });
   }
 });
@@ -930,7 +937,10 @@ class Client extends Fake {
     return this.#self;
   }
   set length(length: number) {
-    while (this.sent.length < length) this.query("");
+    while (this.#self.sent.length < length) this.query("");
+  }
+  get nextLevel(): number {
+    return ++this.level;
   }
   get quoter(): () => string {
     return () => "new each time";
@@ -1031,8 +1041,9 @@ test("the stand-in refuses all use once the task has ended, however it ended", a
       () => standIn.query("late"),
       () => query.call(standIn, "late"),
       () => query("late"),
-      () => standIn.level,
+      () => standIn.nextLevel,
       () => standIn.sent,
+      () => standIn.length = 2,
       () => standIn.level = 2,
       () => Object.defineProperty(standIn, "level", { value: 2 }),
       () => [...standIn],
