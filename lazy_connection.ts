@@ -41,7 +41,7 @@ const PENDING = "Cannot end the task: a part of it is pending, await each " +
  * to it or calls it gets a `Deno.errors.BadResource`, rather than writing into
  * somebody else's transaction.
  *
- * - What a method returns or gives to a callback, such as a prepared statement,
+ * - What a property, a method or a callback gives, such as a prepared statement,
  *   is no stand-in, and a call that has begun goes on.
  * - A stream that is piped into a stand-in throws in its listener once the task
  *   has ended.
@@ -754,7 +754,9 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     try {
       // Not the given signal itself: an EventTarget searches all its listeners
       // whenever one is added or removed, and many attempts may share a signal.
-      cancel = signal && AbortSignal.any([signal, this.#signal ?? signal]);
+      if (signal !== undefined) {
+        cancel = AbortSignal.any([signal, this.#signal ?? signal]);
+      }
       cancel?.throwIfAborted();
       cancel?.addEventListener("abort", abort);
       const lend = (connection: C) => this.#lend(loan, connection);

@@ -1261,8 +1261,10 @@ test("LazyConnection.connect() does not start with an aborted or invalid signal"
   const reason = { own: "reason" };
   const signal = AbortSignal.abort(reason);
   assertStrictEquals(await reasonOf(lazy.connect({ signal })), reason);
-  const invalid = { aborted: false } as AbortSignal; // a polyfill's, say
-  await assertRejects(() => lazy.connect({ signal: invalid }), TypeError);
+  for (const invalid of [{ aborted: false }, null, 0]) { // a polyfill's, say
+    const signal = invalid as AbortSignal;
+    await assertRejects(() => lazy.connect({ signal }), TypeError);
+  }
   assertEquals(sockets.length, 0);
   using _conn = await lazy.connect({ signal: undefined });
 });
