@@ -37,9 +37,10 @@ const PENDING = "Cannot end the task: a part of it is pending, await each " +
  * its own `LazyConnection`, which would wait for ever.
  *
  * The task gets a *stand-in* for the connection: a `Proxy`, which works like the
- * connection until the task ends. After that, whoever still reads from it, writes
- * to it or calls it gets a `Deno.errors.BadResource`, rather than writing into
- * somebody else's transaction.
+ * connection until the task ends. After that, reading from it, writing to it and
+ * calling it throw a `Deno.errors.BadResource`, so that nobody writes into somebody
+ * else's transaction. Even an asynchronous method throws then, before it returns a
+ * promise.
  *
  * - What a property, a method or a callback gives, such as a prepared statement,
  *   is no stand-in, and a call that has begun goes on.
@@ -48,6 +49,7 @@ const PENDING = "Cannot end the task: a part of it is pending, await each " +
  * - A function that needs the very object, such as `backup()` of `node:sqlite`,
  *   refuses a stand-in. For that, lend `Object.freeze({ client })`, of which the
  *   stand-in gives `client` as it is.
+ * - A method that the task patches must be put back before the task ends.
  *
  * @example A transaction for each task
  * ```ts
@@ -110,7 +112,8 @@ const PENDING = "Cannot end the task: a part of it is pending, await each " +
  * @example A savepoint
  *
  * A task inside a task, over the outer task's connection. If it fails, only what
- * it did is rolled back. Savepoints of one task must come one after the other.
+ * it did is rolled back. Savepoints of one task wait for each other; what the
+ * outer task itself sends meanwhile is rolled back with them.
  *
  * ```ts
  * import { LazyConnection } from "@cookbook/lazy-connection";
@@ -121,7 +124,7 @@ const PENDING = "Cannot end the task: a part of it is pending, await each " +
  * const log: string[] = [];
  * const open = () => ({ query: (sql: string) => void log.push(sql) });
  *
- * const outers = new AsyncLocalStorage<Client>();
+ * const outers = new AsyncLocalStorage<Client | undefined>();
  * let savepoints = 0;
  * const lazy = new LazyConnection<Client>(async (lend) => {
  *   const outer = outers.getStore();
@@ -136,26 +139,39 @@ const PENDING = "Cannot end the task: a part of it is pending, await each " +
  *     throw error;
  *   }
  * });
+ *
+ * const last = new WeakMap<Client, Promise<unknown>>();
  * async function savepoint<T>(fn: () => Promise<T>): Promise<T> {
- *   return await outers.run(await lazy.get(), () => lazy.run(fn));
+ *   const outer = await lazy.get();
+ *   const task = async () => {
+ *     await lazy.get(); // from the opener, which sees the outer connection
+ *     return await outers.run(undefined, fn); // a run() in the function does not
+ *   };
+ *   const next = Promise.allSettled([last.get(outer)])
+ *     .then(() => outers.run(outer, () => lazy.run(task)));
+ *   last.set(outer, next);
+ *   return await next;
  * }
  *
- * await lazy.run(async () => {
- *   await savepoint(async () => {
- *     const client = await lazy.get();
- *     client.query("INSERT");
- *     throw new Error("no");
- *   }).catch(() => {});
- * });
- * assertEquals(
- *   log,
- *   ["BEGIN", "SAVEPOINT s2", "INSERT", "ROLLBACK TO s2", "COMMIT"],
+ * async function insert(value: number) {
+ *   const client = await lazy.get();
+ *   client.query(`INSERT ${value}`);
+ *   if (value < 0) throw new RangeError("negative");
+ * }
+ * await lazy.run(() =>
+ *   Promise.allSettled([1, -1].map((value) => savepoint(() => insert(value))))
  * );
+ * assertEquals(log, [
+ *   ...["BEGIN", "SAVEPOINT s2", "INSERT 1", "RELEASE s2"],
+ *   ...["SAVEPOINT s3", "INSERT -1", "ROLLBACK TO s3", "COMMIT"],
+ * ]);
  * ```
  *
  * @example A test that rolls back
  *
- * All tasks get the same client, one after the other, each in a savepoint.
+ * All tasks get the same client, one after the other, each in a savepoint. Where
+ * `lazy` is a constant that modules share, give it the opener for savepoints that
+ * is shown above, and call the test with `outers.run(client, test)`.
  *
  * ```ts
  * import { LazyConnection } from "@cookbook/lazy-connection";
@@ -425,6 +441,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    *
    * The whole task, where the database says that it may succeed the next time.
    * Do not retry after a lost connection: its COMMIT may have been stored.
+   * What can be read only once, such as a request's body, is read before.
    *
    * ```ts
    * import { LazyConnection } from "@cookbook/lazy-connection";
