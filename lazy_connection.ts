@@ -391,8 +391,10 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * fails, such as by a refused COMMIT, so does `run()`. An attempt to connect
    * that is still going on is cancelled.
    *
-   * To roll back, throw. A function that returns succeeds, whatever it returns.
-   * Nothing that outlives the task can use its connection.
+   * To roll back, throw. A function that returns succeeds, whatever it returns. A
+   * time-out goes inside, `lazy.run(() => deadline(fn(), 1_000))`: around `run()`,
+   * it would reject while the task goes on, and commits. Nothing that outlives the
+   * task can use its connection.
    *
    * A `run()` inside a task starts an independent task: it commits or rolls back
    * by itself, whatever becomes of the outer one.

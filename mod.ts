@@ -7,6 +7,7 @@
  * - A *task* is a call of `run()`, with everything that it starts. Its first
  *   `get()` opens the connection, and every later one gives the same.
  * - Throw to roll back. A response that is returned commits, whatever its status.
+ *   A time-out goes inside, `lazy.run(() => deadline(fn(), 1_000))`.
  * - `run()` inside a task is independent: it takes a connection of its own.
  * - `runOrJoin()` takes part in the current task, or starts one. If its function
  *   throws, the whole task rolls back, even if the caller catches the error.
