@@ -1075,19 +1075,25 @@ test("the stand-in refuses to be disposed of, at the head of the block", async (
   };
   const message = "Cannot dispose of the connection: its opener closes it " +
     "when the task ends, use an inner run() to end earlier";
-  await lent<AsyncDisposable & Disposable>(client, async (standIn) => {
-    const blocks = [
-      async () => {
-        using _conn = await Promise.resolve(standIn);
-        client.queries++;
-      },
-      async () => {
-        await using _conn = standIn;
-        client.queries++;
-      },
-    ];
+  let standIn!: AsyncDisposable & Disposable;
+  const blocks = [
+    async () => {
+      using _conn = await Promise.resolve(standIn);
+      client.queries++;
+    },
+    async () => {
+      await using _conn = standIn;
+      client.queries++;
+    },
+  ];
+  const refuse = async () => {
     for (const block of blocks) await assertRejects(block, TypeError, message);
+  };
+  await lent<AsyncDisposable & Disposable>(client, (lent) => {
+    standIn = lent;
+    return refuse();
   });
+  await refuse(); // also once the task has ended
   assertEquals([disposals, client.queries], [0, 0]);
 });
 
