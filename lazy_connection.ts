@@ -29,26 +29,27 @@ const PENDING = "Cannot end the task: a part of it is pending, await each " +
  * `await lend(connection)` takes as long as the task has the connection. It
  * resolves if the task succeeded, and rejects with the task's error if it
  * failed. So an opener commits after it, rolls back in a `catch`, and closes in
- * a `finally`. Any `db.transaction(callback)`-style function works as an opener.
+ * a `finally`. Any `db.transaction(callback)`-style function works as an
+ * opener.
  *
  * The opener is called inside the task, once for each attempt to connect. If it
  * fails before it lends, the attempt rejects with its error. If it fails later,
  * the task does. It must not be over before `lend()` is, and must not wait for
  * its own `LazyConnection`, which would wait for ever.
  *
- * The task gets a *stand-in* for the connection: a `Proxy`, which works like the
- * connection until the task ends. After that, reading from it, writing to it and
- * calling it throw a `Deno.errors.BadResource`, so that nobody writes into somebody
- * else's transaction. Even an asynchronous method throws then, before it returns a
- * promise.
+ * The task gets a *stand-in* for the connection: a `Proxy`, which works like
+ * the connection until the task ends. After that, reading from it, writing to
+ * it and calling it throw a `Deno.errors.BadResource`, so that nobody writes
+ * into somebody else's transaction. Even an asynchronous method throws then,
+ * before it returns a promise.
  *
- * - What a property, a method or a callback gives, such as a prepared statement,
- *   is no stand-in, and a call that has begun goes on.
+ * - What a property, a method or a callback gives, such as a prepared
+ *   statement, is no stand-in, and a call that has begun goes on.
  * - A stream that is piped into a stand-in throws in its listener once the task
  *   has ended.
  * - A function that needs the very object, such as `backup()` of `node:sqlite`,
- *   refuses a stand-in. For that, lend `Object.freeze({ client })`, of which the
- *   stand-in gives `client` as it is.
+ *   refuses a stand-in. For that, lend `Object.freeze({ client })`, of which
+ *   the stand-in gives `client` as it is.
  * - A method that the task patches must be put back before the task ends.
  *
  * @example A transaction for each task
@@ -111,9 +112,9 @@ const PENDING = "Cannot end the task: a part of it is pending, await each " +
  *
  * @example A savepoint
  *
- * A task inside a task, over the outer task's connection. If it fails, only what
- * it did is rolled back. Savepoints of one task wait for each other; what the
- * outer task itself sends meanwhile is rolled back with them.
+ * A task inside a task, over the outer task's connection. If it fails, only
+ * what it did is rolled back. Savepoints of one task wait for each other; what
+ * the outer task itself sends meanwhile is rolled back with them.
  *
  * ```ts
  * import { LazyConnection } from "@cookbook/lazy-connection";
@@ -169,9 +170,9 @@ const PENDING = "Cannot end the task: a part of it is pending, await each " +
  *
  * @example A test that rolls back
  *
- * All tasks get the same client, one after the other, each in a savepoint. Where
- * `lazy` is a constant that modules share, give it the opener for savepoints that
- * is shown above, and call the test with `outers.run(client, test)`.
+ * All tasks get the same client, one after the other, each in a savepoint.
+ * Where `lazy` is a constant that modules share, give it the opener for
+ * savepoints, which is shown above, and call `outers.run(client, test)`.
  *
  * ```ts
  * import { LazyConnection } from "@cookbook/lazy-connection";
@@ -237,9 +238,9 @@ const PENDING = "Cannot end the task: a part of it is pending, await each " +
  * @typeParam C The type of the connection.
  * @param lend Lends the connection. It never throws. It rejects with a
  * `Deno.errors.Busy` if the same `LazyConnection` has lent the connection to
- * another task, and with a `TypeError` if the connection is not an object, or is
- * a promise; then nothing is lent. If it is called again after it has lent, it
- * rejects with a `TypeError`, whose `cause` is the task's error, if any.
+ * another task, and with a `TypeError` if the connection is not an object, or
+ * is a promise; then nothing is lent. If it is called again after it has lent,
+ * it rejects with a `TypeError`, whose `cause` is the task's error, if any.
  * @param signal Aborts when the attempt is cancelled, and never once the
  * connection is lent. A cancelled attempt rejects at once. Nobody hears of what
  * its opener does after that, but disposal waits for it.
@@ -391,13 +392,18 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * fails, such as by a refused COMMIT, so does `run()`. An attempt to connect
    * that is still going on is cancelled.
    *
-   * To roll back, throw. A function that returns succeeds, whatever it returns. A
-   * time-out goes inside, `lazy.run(() => deadline(fn(), 1_000))`: around `run()`,
-   * it would reject while the task goes on, and commits. Nothing that outlives the
-   * task can use its connection.
+   * To roll back, throw. A function that returns succeeds, whatever it returns.
+   * A time-out goes inside: `lazy.run(() => deadline(fn(), 1_000))`. Around
+   * `run()`, it would reject, but the task would go on and commit.
    *
-   * A `run()` inside a task starts an independent task: it commits or rolls back
-   * by itself, whatever becomes of the outer one.
+   * Nothing that outlives the task can use its connection. Only a call that has
+   * begun goes on, so wait for all branches before you throw or return. What
+   * works off a queue that tasks share belongs to the task that has started it:
+   * there, call `run()` for each item.
+   *
+   * A `run()` inside a task starts an independent task: it commits or rolls
+   * back by itself, whatever becomes of the outer one. It needs a second
+   * connection: on a pool that is used up, it waits for one.
    *
    * @example Usage
    * ```ts
@@ -550,8 +556,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   }
 
   /**
-   * Calls a function as a part of the current task or, outside of any, as a task
-   * of its own.
+   * Calls a function as a part of the current task or, outside of any, as a
+   * task of its own.
    *
    * It is for a function that needs a transaction, whether its caller has begun
    * one or not. If the function throws, the whole task rolls back, even if the
@@ -621,8 +627,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * caller's wait alone, in `deadline` of `@std/async` around this promise. A
    * failed attempt that nobody awaits yet does not end the process.
    *
-   * Outside of `run()` it opens nothing. It gives the socket that `connect()` has
-   * opened there, or is opening.
+   * Outside of `run()` it opens nothing. It gives the socket that `connect()`
+   * has opened there, or is opening.
    *
    * @example A server in which each request is a task
    * ```ts
@@ -735,8 +741,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * one.
    * @throws {Deno.errors.BadResource} If the task has ended or the
    * `LazyConnection` has been disposed of, before the call or during it.
-   * @throws {TypeError} If the `LazyConnection` has an opener, or if `signal` is
-   * invalid.
+   * @throws {TypeError} If the `LazyConnection` has an opener, or if `signal`
+   * is invalid.
    */
   connect(
     this: LazyConnection<Deno.TcpConn>,
@@ -816,12 +822,12 @@ export class LazyConnection<C extends object = Deno.TcpConn>
 
   /**
    * Takes every connection from its task, so that openers roll back and close,
-   * cancels every attempt to connect, and refuses whatever comes later. It waits
-   * for all openers, but not for tasks to end.
+   * cancels every attempt to connect, and refuses whatever comes later. It
+   * waits for all openers, but not for tasks to end.
    *
-   * A task that had a connection fails with a `Deno.errors.BadResource`, even if
-   * its function succeeds: what was not committed is no success. If closing fails,
-   * `run()` rejects with that as well.
+   * A task that had a connection fails with a `Deno.errors.BadResource`, even
+   * if its function succeeds: what was not committed is no success. If closing
+   * fails, `run()` rejects with that as well.
    *
    * @example Usage
    * ```ts
@@ -875,7 +881,8 @@ class Task {
  * A call of the opener: an attempt to connect, then a connection that is lent.
  *
  * It is not generic, and neither is `Task`: with a `C` that goes in and comes
- * out, a `LazyConnection<Deno.TcpConn>` would be no `LazyConnection<Disposable>`.
+ * out, a `LazyConnection<Deno.TcpConn>` would be no
+ * `LazyConnection<Disposable>`.
  */
 class Loan {
   state: "opening" | "lent" | "ended" = "opening";
@@ -905,7 +912,7 @@ class Loan {
     return this.returned.promise;
   }
 
-  /** Ends the loan, once: the attempt rejects, or what `lend()` has returned settles. */
+  /** Ends the loan, once: rejects the attempt, or settles what `lend()` returned. */
   end(failure?: Failure): void {
     const { state, task } = this;
     if (state === "ended") return;
@@ -1013,7 +1020,7 @@ function standIn(connection: object, loan: Loan): object {
 /** What was thrown, be it `undefined`. */
 type Failure = { readonly error: unknown } | undefined;
 
-/** One failure out of a task's and its opener's: both, unless one has the other. */
+/** What a task fails with: its own failure and its opener's, unless one has both. */
 function both(own: Failure, opener: Failure): Failure {
   if (!own || !opener) return own ?? opener;
   if (has(opener.error, own.error)) return opener;
@@ -1042,7 +1049,7 @@ function quiet<T>(promise: Promise<T>): Promise<T> {
   return promise;
 }
 
-/** Rejects what nobody may await; only wrong use, such as a second `connect()`, ends the process. */
+/** Rejects quietly. Wrong use, such as a second `connect()`, rejects aloud. */
 function rejected(error: unknown): Promise<never> {
   return quiet(Promise.reject(error));
 }

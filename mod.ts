@@ -6,13 +6,15 @@
  *
  * - A *task* is a call of `run()`, with everything that it starts. Its first
  *   `get()` opens the connection, and every later one gives the same.
- * - Throw to roll back. A response that is returned commits, whatever its status.
- *   A time-out goes inside, `lazy.run(() => deadline(fn(), 1_000))`.
+ * - Throw to roll back. A response that is returned commits, whatever its
+ *   status. A time-out goes inside, `lazy.run(() => deadline(fn(), 1_000))`.
  * - `run()` inside a task is independent: it takes a connection of its own.
- * - `runOrJoin()` takes part in the current task, or starts one. If its function
- *   throws, the whole task rolls back, even if the caller catches the error.
- * - Nothing that outlives the task can use its connection. A call that has begun
- *   goes on, so wait for all branches before you throw.
+ * - `runOrJoin()` takes part in the current task, or starts one. If its
+ *   function throws, the whole task rolls back, even if the caller catches the
+ *   error.
+ * - Nothing that outlives the task can use its connection. Only a call that has
+ *   begun goes on, and what the client has given, such as a prepared statement,
+ *   is not guarded. So wait for all branches before you throw or return.
  * - Retry the whole `run()`.
  *
  * ```ts
@@ -24,7 +26,8 @@
  *   async (lend) => {
  *     log.push("BEGIN");
  *     try {
- *       await lend({ query: (sql) => void log.push(sql) }); // until the task ends
+ *       // Settles as the task does
+ *       await lend({ query: (sql) => void log.push(sql) });
  *       log.push("COMMIT");
  *     } catch (error) {
  *       log.push("ROLLBACK");
