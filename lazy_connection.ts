@@ -28,9 +28,9 @@ const PENDING = "Cannot end the task: a part of it is pending, await each " +
  *
  * `await lend(connection)` takes as long as the task has the connection. It
  * resolves if the task succeeded, and rejects with the task's error if it
- * failed. So an opener commits after it, rolls back in a `catch`, and closes in
- * a `finally`. Any `db.transaction(callback)`-style function works as an
- * opener.
+ * failed. So an opener commits after it, rolls back in a `catch`, which throws
+ * the error again, and closes in a `finally`. The task itself does none of
+ * these. Any `db.transaction(callback)`-style function works as an opener.
  *
  * The opener is called inside the task, once for each attempt to connect. If it
  * fails before it lends, the attempt rejects with its error. If it fails later,
