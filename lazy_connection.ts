@@ -781,9 +781,9 @@ export class LazyConnection<C extends object = Deno.TcpConn>
       // whenever one is added or removed, and many attempts may share a signal.
       if (signal !== undefined) {
         cancel = AbortSignal.any([signal, this.#signal ?? signal]);
+        cancel.throwIfAborted();
+        cancel.addEventListener("abort", abort);
       }
-      cancel?.throwIfAborted();
-      cancel?.addEventListener("abort", abort);
       const lend = (connection: C) => this.#lend(loan, connection);
       const opener = this.#opener; // a function of its own, without `this`
       await opener(lend, loan.attempt.signal);
