@@ -1,266 +1,33 @@
 // Copyright 2026 the LazyConnection authors. MIT license.
 
+// How it works: `runNew()` makes a Task and keeps it in an AsyncLocalStorage. The
+// first `get()` in it makes a Loan, which is one call of the opener: an attempt
+// to connect, then the connection that the task has. A loan has three promises:
+//
+// | promise | who waits for it      | how it settles                             |
+// | ------- | --------------------- | ------------------------------------------ |
+// | opened  | `get()`, `connect()`  | with what the opener lends, or why it can't |
+// | outcome | the opener, `lend()`  | as the task does, once the task ends       |
+// | closed  | `runNew()`, disposal  | once the opener is done                    |
+//
+// A call of `run()` inside a task makes no Task: it is a part of the one there is.
+
 import { AsyncLocalStorage } from "node:async_hooks";
 
 const { AlreadyExists, BadResource, Busy, NotConnected } = Deno.errors;
-const BOTH = "Cannot end the task: it failed, and so did its opener";
-const CONNECTED = "Cannot connect: the task has a socket or is opening one, " +
-  "dispose of it or start another task with run()";
-const DISPOSED = "Cannot use the LazyConnection: it has been disposed of";
-const LENT = "Cannot lend: the opener has lent already, retry around run()";
-const LENT_TO_ANOTHER = "Cannot lend: another task has this connection";
-const NO_BLOCK = "Cannot connect: a block cannot tell the opener whether it " +
-  "succeeded, call get()";
-const NO_DISPOSAL = "Cannot dispose of the connection: its opener closes it " +
-  "when the task ends, use an inner run() to end earlier";
-const NO_OBJECT = "Cannot lend: the connection must be an object, and no " +
-  "promise";
-const NO_TASK = "Cannot get a connection: there is no task, call run() first";
-const NOT_LENT = "Cannot get a connection: its opener is over, and has lent " +
-  "none, it must `await lend(connection)`";
-const OVER = "Cannot use the connection: its opener was over before the " +
-  "task, it must `await lend(connection)`";
-const PENDING = "Cannot end the task: a part of it is pending, await each " +
-  "runOrJoin()";
-
-/**
- * Opens a connection, lends it to the task that asked for it, and closes it.
- *
- * `await lend(connection)` takes as long as the task has the connection. It
- * resolves if the task succeeded, and rejects with the task's error if it
- * failed. So an opener commits after it, rolls back in a `catch`, which throws
- * the error again, and closes in a `finally`. The task itself does none of
- * these. Any `db.transaction(callback)`-style function works as an opener.
- *
- * The opener is called inside the task, once for each attempt to connect. If it
- * fails before it lends, the attempt rejects with its error. If it fails later,
- * the task does. It must not be over before `lend()` is, and must not wait for
- * its own `LazyConnection`, which would wait for ever.
- *
- * The task gets a *stand-in* for the connection: a `Proxy`, which works like
- * the connection until the task ends. After that, reading from it, writing to
- * it and calling it throw a `Deno.errors.BadResource`, so that nobody writes
- * into somebody else's transaction. Even an asynchronous method throws then,
- * before it returns a promise.
- *
- * - What a property, a method or a callback gives, such as a prepared
- *   statement, is no stand-in, and a call that has begun goes on.
- * - A stream that is piped into a stand-in throws in its listener once the task
- *   has ended.
- * - A function that needs the very object, such as `backup()` of `node:sqlite`,
- *   refuses a stand-in. For that, lend `Object.freeze({ client })`, of which
- *   the stand-in gives `client` as it is.
- * - A method that the task patches must be put back before the task ends.
- *
- * @example A transaction for each task
- * ```ts
- * import { LazyConnection } from "@cookbook/lazy-connection";
- * import { assertEquals, assertRejects } from "@std/assert";
- *
- * type Client = { query(sql: string): void };
- * const log: string[] = [];
- * const lazy = new LazyConnection<Client>(async (lend) => {
- *   const client = { query: (sql: string) => void log.push(sql) };
- *   try {
- *     client.query("BEGIN");
- *     await lend(client);
- *     client.query("COMMIT");
- *   } catch (error) {
- *     client.query("ROLLBACK");
- *     throw error;
- *   } finally {
- *     log.push("closed");
- *   }
- * });
- *
- * async function insert(value: number) {
- *   const client = await lazy.get();
- *   client.query(`INSERT ${value}`);
- *   if (value < 0) throw new RangeError("Cannot insert a negative value");
- * }
- *
- * await lazy.run(insert, 1);
- * assertEquals(log.splice(0), ["BEGIN", "INSERT 1", "COMMIT", "closed"]);
- *
- * await assertRejects(() => lazy.run(insert, -1), RangeError);
- * assertEquals(log, ["BEGIN", "INSERT -1", "ROLLBACK", "closed"]);
- * ```
- *
- * @example Options for a task
- *
- * The opener is called inside the task, so it sees what an `AsyncLocalStorage`
- * of yours holds around `run()`. An inner `run()` inherits that.
- *
- * ```ts
- * import { LazyConnection } from "@cookbook/lazy-connection";
- * import { assertEquals } from "@std/assert";
- * import { AsyncLocalStorage } from "node:async_hooks";
- *
- * const log: string[] = [];
- * const modes = new AsyncLocalStorage<"READ ONLY" | "READ WRITE">();
- * const lazy = new LazyConnection<{ query(sql: string): void }>(
- *   async (lend) => {
- *     log.push(`BEGIN ${modes.getStore() ?? "READ WRITE"}`);
- *     await lend({ query: (sql) => void log.push(sql) }); // and so on, as above
- *   },
- * );
- *
- * await modes.run("READ ONLY", () => lazy.run(() => lazy.get()));
- * await lazy.run(() => lazy.get());
- * assertEquals(log, ["BEGIN READ ONLY", "BEGIN READ WRITE"]);
- * ```
- *
- * @example A savepoint
- *
- * A task inside a task, over the outer task's connection. If it fails, only
- * what it did is rolled back. Savepoints of one task wait for each other; what
- * the outer task itself sends meanwhile is rolled back with them.
- *
- * ```ts
- * import { LazyConnection } from "@cookbook/lazy-connection";
- * import { assertEquals } from "@std/assert";
- * import { AsyncLocalStorage } from "node:async_hooks";
- *
- * type Client = { query(sql: string): void };
- * const log: string[] = [];
- * const open = () => ({ query: (sql: string) => void log.push(sql) });
- *
- * const outers = new AsyncLocalStorage<Client | undefined>();
- * let savepoints = 0;
- * const lazy = new LazyConnection<Client>(async (lend) => {
- *   const outer = outers.getStore();
- *   const client = outer ?? open();
- *   const name = `s${++savepoints}`;
- *   client.query(outer ? `SAVEPOINT ${name}` : "BEGIN");
- *   try {
- *     await lend(client);
- *     client.query(outer ? `RELEASE ${name}` : "COMMIT");
- *   } catch (error) {
- *     client.query(outer ? `ROLLBACK TO ${name}` : "ROLLBACK");
- *     throw error;
- *   }
- * });
- *
- * const last = new WeakMap<Client, Promise<unknown>>();
- * async function savepoint<T>(fn: () => Promise<T>): Promise<T> {
- *   const outer = await lazy.get();
- *   const task = async () => {
- *     await lazy.get(); // from the opener, which sees the outer connection
- *     return await outers.run(undefined, fn); // a run() in the function does not
- *   };
- *   const next = Promise.allSettled([last.get(outer)])
- *     .then(() => outers.run(outer, () => lazy.run(task)));
- *   last.set(outer, next);
- *   return await next;
- * }
- *
- * async function insert(value: number) {
- *   const client = await lazy.get();
- *   client.query(`INSERT ${value}`);
- *   if (value < 0) throw new RangeError("negative");
- * }
- * await lazy.run(() =>
- *   Promise.allSettled([1, -1].map((value) => savepoint(() => insert(value))))
- * );
- * assertEquals(log, [
- *   ...["BEGIN", "SAVEPOINT s2", "INSERT 1", "RELEASE s2"],
- *   ...["SAVEPOINT s3", "INSERT -1", "ROLLBACK TO s3", "COMMIT"],
- * ]);
- * ```
- *
- * @example A test that rolls back
- *
- * All tasks get the same client, one after the other, each in a savepoint.
- * Where `lazy` is a constant that modules share, give it the opener for
- * savepoints, which is shown above, and call `outers.run(client, test)`.
- *
- * ```ts
- * import { LazyConnection } from "@cookbook/lazy-connection";
- * import { assertEquals } from "@std/assert";
- *
- * type Client = { query(sql: string): void };
- * async function addUser(lazy: LazyConnection<Client>) {
- *   const client = await lazy.get();
- *   client.query("INSERT");
- * }
- *
- * Deno.test("addUser() inserts", async () => {
- *   const log: string[] = [];
- *   const client = { query: (sql: string) => void log.push(sql) };
- *   const lazy = new LazyConnection<Client>(async (lend) => {
- *     client.query("SAVEPOINT s");
- *     try {
- *       await lend(client);
- *       client.query("RELEASE s");
- *     } catch (error) {
- *       client.query("ROLLBACK TO s");
- *       throw error;
- *     }
- *   });
- *   client.query("BEGIN");
- *   try {
- *     await lazy.run(addUser, lazy);
- *   } finally {
- *     client.query("ROLLBACK");
- *   }
- *   assertEquals(
- *     log,
- *     ["BEGIN", "SAVEPOINT s", "INSERT", "RELEASE s", "ROLLBACK"],
- *   );
- * });
- * ```
- *
- * @example A Unix socket
- * ```ts
- * import { LazyConnection } from "@cookbook/lazy-connection";
- *
- * const path = "/run/redis/redis-server.sock";
- * const lazy = new LazyConnection<Deno.UnixConn>(async (lend) => {
- *   using conn = await Deno.connect({ transport: "unix", path });
- *   await lend(conn);
- * });
- * ```
- *
- * @example TLS
- *
- * With the handshake in the opener, a wrong certificate rejects the attempt.
- *
- * ```ts
- * import { LazyConnection } from "@cookbook/lazy-connection";
- *
- * const lazy = new LazyConnection<Deno.TlsConn>(async (lend) => {
- *   using conn = await Deno.connectTls({ hostname: "example.com", port: 443 });
- *   await conn.handshake();
- *   await lend(conn);
- * });
- * ```
- *
- * @typeParam C The type of the connection.
- * @param lend Lends the connection. It never throws. It rejects with a
- * `Deno.errors.Busy` if the same `LazyConnection` has lent the connection to
- * another task, and with a `TypeError` if the connection is not an object, or
- * is a promise; then nothing is lent. If it is called again after it has lent,
- * it rejects with a `TypeError`, whose `cause` is the task's error, if any.
- * @param signal Aborts when the attempt is cancelled, and never once the
- * connection is lent. A cancelled attempt rejects at once. Nobody hears of what
- * its opener does after that, but disposal waits for it.
- * @returns A promise that settles when the connection is closed.
- */
-export type Opener<C extends object> = (
-  lend: (connection: C) => Promise<void>,
-  signal: AbortSignal,
-) => PromiseLike<void>;
 
 /**
  * One object for many tasks, each of which has a connection of its own.
  *
- * A *task* is a call of `run()`, with everything that it starts. Its first
- * `get()` has an *opener* open a connection and *lend* it to the task. When the
- * task ends, the opener learns whether it succeeded, and closes the connection.
+ * A *task* is a call of `runNew()`, or of `run()` outside of any task, with
+ * everything that the call starts. A call of `run()` inside a task is a *part*
+ * of it. The first `get()` in a task has an *opener* open a connection and
+ * *lend* it to the task. When the task ends, the opener learns whether it
+ * succeeded, and closes the connection.
  *
  * A `LazyConnection` that is made from the options of `Deno.connect` opens
- * sockets. These may also be opened for a block, by `connect()`, and closed
- * early: disposing of a socket closes it, and the task may open another.
+ * sockets. A block can open one with `connect()`, and closing a socket frees
+ * its task to open another.
  *
  * @example Two tasks, two connections
  * ```ts
@@ -284,19 +51,20 @@ export type Opener<C extends object> = (
 export class LazyConnection<C extends object = Deno.TcpConn>
   implements AsyncDisposable {
   readonly #opener: Opener<C>;
-  /** Whether it is made from options, and lends sockets as they are. */
+  /** Whether it is made from options, so that its opener lends sockets. */
   readonly #sockets: boolean = false;
   /** The signal of the options. */
   readonly #signal: AbortSignal | undefined;
   readonly #tasks = new AsyncLocalStorage<Task>();
-  /** Stands for all code outside of `run()`. It never ends. */
+  /** Stands for all code outside of any task. It never ends. */
   readonly #outside = new Task();
-  /** The loans whose openers are not over. */
+  /** The loans whose openers are not done. */
   readonly #loans = new Set<Loan>();
-  /** The connections that are lent; none may be lent twice at once. */
+  /** What openers have lent: nothing may be lent to two tasks at once. */
   readonly #lent = new Set<object>();
-  /** Why everything is refused, once it is disposed of. */
-  #disposed: Error | undefined;
+  #disposed = false;
+  /** What disposal waits for: that no loans are left. */
+  readonly #idle = Promise.withResolvers<void>();
 
   /**
    * Creates a `LazyConnection`. It opens nothing yet, so it needs no
@@ -321,7 +89,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    *
    * @param target What to connect to: the options of `Deno.connect`, or an
    * opener. The `signal` of the options cancels every attempt to connect, but
-   * closes no socket that a task has.
+   * closes no socket that is already open.
    */
   constructor(
     target: Opener<C> | (Deno.TcpConn extends C ? Deno.ConnectOptions : never),
@@ -330,20 +98,14 @@ export class LazyConnection<C extends object = Deno.TcpConn>
       this.#opener = target;
       return;
     }
-    this.#sockets = true;
     const { signal, ...options }: Deno.ConnectOptions = target;
+    this.#sockets = true;
     this.#signal = signal;
     this.#opener = async (lend, signal) => {
-      const { loan } = this.#task; // the one that this call is for
       // Deno.connect() calls this last. If it threw, a socket that opened just
       // as the signal aborted would be lost; lend() rejects instead.
       signal.throwIfAborted = () => {};
       const conn = await Deno.connect({ ...options, signal });
-      const { [Symbol.dispose]: close } = conn;
-      conn[Symbol.dispose] = () => {
-        close.call(conn);
-        loan?.end();
-      };
       try {
         await lend(conn as object as C); // so says the type of `target`
       } finally { // `using` would take 0.25 µs more (deno task ratios)
@@ -352,267 +114,159 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     };
   }
 
-  /** The current task. */
-  get #task(): Task {
-    return this.#tasks.getStore() ?? this.#outside;
-  }
-
   /**
-   * The task's connection, or `undefined` if it has none yet.
+   * Calls a function as a part of the current task or, outside of any, as a
+   * task of its own.
    *
-   * It opens nothing: a task that has not asked for its connection has none. So
-   * `lazy.current ?? pool` would bypass the transaction of such a task; see
-   * `get()` for what to do instead.
+   * Wrap each function that needs the connection in it. Then functions can call
+   * each other, and all that they do is one transaction. If the function of a
+   * part throws, the whole task fails, even if the caller catches the error:
+   * half of the work must not be committed. For the same reason, a task fails
+   * if one of its parts is still pending when its own function resolves.
    *
-   * @example Usage
+   * A part has succeeded when its promise resolves, but nothing is committed
+   * before the task ends.
+   *
+   * @example Two functions, one transaction
    * ```ts
    * import { LazyConnection } from "@cookbook/lazy-connection";
-   * import { assertEquals, assertStrictEquals } from "@std/assert";
-   *
-   * const lazy = new LazyConnection<Date>((lend) => lend(new Date()));
-   *
-   * await lazy.run(async () => {
-   *   assertEquals(lazy.current, undefined);
-   *   const date = await lazy.get();
-   *   assertStrictEquals(lazy.current, date);
-   * });
-   * ```
-   *
-   * @returns The connection, or `undefined`.
-   */
-  get current(): C | undefined {
-    return this.#task.loan?.connection as C | undefined; // nothing but a C is lent
-  }
-
-  /**
-   * Calls a function as a task of its own, with a connection of its own.
-   *
-   * When the function's promise settles, the task ends. An opener that has lent
-   * to it then commits or rolls back, and `run()` waits for that. If the opener
-   * fails, such as by a refused COMMIT, so does `run()`. An attempt to connect
-   * that is still going on is cancelled.
-   *
-   * To roll back, throw. A function that returns succeeds, whatever it returns.
-   * A time-out goes inside: `lazy.run(() => deadline(fn(), 1_000))`. Around
-   * `run()`, it would reject, but the task would go on and commit.
-   *
-   * Nothing that outlives the task can use its connection. Only a call that has
-   * begun goes on, so wait for all branches before you throw or return. What
-   * works off a queue that tasks share belongs to the task that has started it:
-   * there, call `run()` for each item.
-   *
-   * A `run()` inside a task starts an independent task: it commits or rolls
-   * back by itself, whatever becomes of the outer one. It needs a second
-   * connection: on a pool that is used up, it waits for one.
-   *
-   * @example Usage
-   * ```ts
-   * import { LazyConnection } from "@cookbook/lazy-connection";
-   * import { assertEquals } from "@std/assert";
-   *
-   * const lazy = new LazyConnection<Date>((lend) => lend(new Date(0)));
-   *
-   * async function addYears(years: number): Promise<number> {
-   *   const date = await lazy.get();
-   *   return date.getUTCFullYear() + years;
-   * }
-   *
-   * assertEquals(await lazy.run(addYears, 1), 1971);
-   * ```
-   *
-   * @example An error that becomes a response
-   *
-   * It is translated outside of `run()`. Inside, a response that is returned
-   * commits, whatever its status.
-   *
-   * ```ts
-   * import { LazyConnection } from "@cookbook/lazy-connection";
-   * import { assertEquals } from "@std/assert";
-   *
-   * class Conflict extends Error {}
-   * const lazy = new LazyConnection<Date>((lend) => lend(new Date()));
-   *
-   * async function respond(handle: () => Promise<Response>): Promise<Response> {
-   *   try {
-   *     return await lazy.run(handle);
-   *   } catch (error) {
-   *     if (!(error instanceof Conflict)) throw error;
-   *     return new Response(error.message, { status: 409 });
-   *   }
-   * }
-   *
-   * const response = await respond(() => Promise.reject(new Conflict("taken")));
-   * assertEquals(response.status, 409);
-   * ```
-   *
-   * @example Retry
-   *
-   * The whole task, where the database says that it may succeed the next time.
-   * Do not retry after a lost connection: its COMMIT may have been stored.
-   * What can be read only once, such as a request's body, is read before.
-   *
-   * ```ts
-   * import { LazyConnection } from "@cookbook/lazy-connection";
-   * import { assertEquals } from "@std/assert";
-   * import { retry } from "@std/async/retry";
-   *
-   * let attempts = 0;
-   * const lazy = new LazyConnection<{ query(): void }>((lend) =>
-   *   lend({
-   *     query() {
-   *       if (++attempts === 1) throw Object.assign(new Error(), { code: "40001" });
-   *     },
-   *   })
-   * );
-   * async function transfer() {
-   *   const client = await lazy.get();
-   *   client.query();
-   * }
-   *
-   * // PostgreSQL: serialization failure, deadlock. MySQL: errno 1213, 1205
-   * const codes = ["40001", "40P01"];
-   * await retry(() => lazy.run(transfer), {
-   *   minTimeout: 10, // milliseconds
-   *   isRetriable: (error: unknown) =>
-   *     error instanceof Error && "code" in error &&
-   *     codes.includes(String(error.code)),
-   * });
-   * assertEquals(attempts, 2);
-   * ```
-   *
-   * @example After COMMIT
-   *
-   * Another `LazyConnection`, around the first, lends a list of functions, and
-   * calls them if the task has succeeded. By then the task has committed, so
-   * that what they fail with must not fail it.
-   *
-   * ```ts
-   * import { LazyConnection } from "@cookbook/lazy-connection";
-   * import { assertEquals } from "@std/assert";
+   * import { assertEquals, assertRejects } from "@std/assert";
    *
    * const log: string[] = [];
    * const lazy = new LazyConnection<{ query(sql: string): void }>(
    *   async (lend) => {
-   *     await lend({ query: (sql) => void log.push(sql) }); // rejects, to roll back
+   *     log.push("BEGIN");
+   *     await lend({ query: (sql) => void log.push(sql) }).catch((error) => {
+   *       log.push("ROLLBACK");
+   *       throw error;
+   *     });
    *     log.push("COMMIT");
    *   },
    * );
-   * const afterCommit = new LazyConnection<(() => unknown)[]>(async (lend) => {
-   *   const functions: (() => unknown)[] = [];
-   *   await lend(functions);
-   *   const results = await Promise.allSettled(functions.map(async (fn) => fn()));
-   *   for (const result of results) {
-   *     if (result.status === "rejected") console.error(result.reason);
-   *   }
-   * });
    *
-   * async function addUser() {
-   *   const client = await lazy.get();
-   *   client.query("INSERT");
-   *   const functions = await afterCommit.get();
-   *   functions.push(() => log.push("send mail"));
-   * }
+   * const add = (account: string, amount: number) =>
+   *   lazy.run(async () => {
+   *     const client = await lazy.get();
+   *     client.query(`${account} += ${amount}`);
+   *     if (Math.abs(amount) > 100) throw new RangeError("Cannot add so much");
+   *   });
+   * const transfer = (amount: number) =>
+   *   lazy.run(async () => {
+   *     await add("a", -amount);
+   *     await add("b", amount);
+   *   });
    *
-   * await afterCommit.run(() => lazy.run(addUser));
-   * assertEquals(log, ["INSERT", "COMMIT", "send mail"]);
+   * await add("c", 1);
+   * assertEquals(log.splice(0), ["BEGIN", "c += 1", "COMMIT"]);
+   * await transfer(2);
+   * assertEquals(log.splice(0), ["BEGIN", "a += -2", "b += 2", "COMMIT"]);
+   * await assertRejects(() => transfer(200), RangeError);
+   * assertEquals(log, ["BEGIN", "a += -200", "ROLLBACK"]);
    * ```
    *
    * @typeParam A The types of the arguments.
-   * @typeParam R What the function returns, be it a promise.
-   * @param callback The function to call; it may be synchronous.
+   * @typeParam R What the function returns, which may be a promise.
+   * @param callback The function to call. It may be synchronous.
+   * @param args The arguments to call it with.
+   * @returns The function's result.
+   * @throws {unknown} Whatever the function fails with. Outside of any task,
+   * whatever else `runNew()` throws.
+   * @throws {Deno.errors.BadResource} If the task has ended.
+   * @throws {TypeError} If the function returns a generator.
+   */
+  run<A extends unknown[], R>(
+    callback: (...args: A) => R,
+    ...args: A
+  ): Promise<Awaited<R>> {
+    const task = this.#tasks.getStore();
+    return task ? task.part(callback, args) : this.runNew(callback, ...args);
+  }
+
+  /**
+   * Calls a function as a task of its own, wherever it is called.
+   *
+   * Begin with it whatever is independent of what runs around it: a request, a
+   * job, a timer, an item of a queue. Inside another task, it is committed or
+   * rolled back by itself, whatever becomes of the outer task. There, it takes
+   * a second connection: it waits for ever where the outer task holds the last
+   * one of a pool, or has locked the row that it needs.
+   *
+   * The task ends when the function's promise settles. An opener that has lent
+   * to it then commits or rolls back, and `runNew()` waits until it is done. If
+   * the opener fails, such as by a refused COMMIT, so does `runNew()`. An
+   * attempt to connect that is still going on is cancelled.
+   *
+   * To roll back, throw. A function that returns succeeds, whatever it returns.
+   * Nothing that outlives the task can use its connection, so await all that
+   * you start. A timeout goes inside: `runNew(() => deadline(work(), 1_000))`.
+   * Around `runNew()`, it would reject, but the task would go on and commit.
+   *
+   * @example A task inside a task
+   * ```ts
+   * import { LazyConnection } from "@cookbook/lazy-connection";
+   * import { assertEquals, assertRejects } from "@std/assert";
+   *
+   * const stored: string[] = [];
+   * const lazy = new LazyConnection<string[]>(async (lend) => {
+   *   const rows: string[] = [];
+   *   await lend(rows); // rejects if the task fails
+   *   stored.push(...rows);
+   * });
+   *
+   * async function insert(row: string) {
+   *   const rows = await lazy.get();
+   *   rows.push(row);
+   * }
+   * async function order() {
+   *   await insert("order");
+   *   await lazy.runNew(insert, "audit");
+   *   throw new Error("out of stock");
+   * }
+   *
+   * await assertRejects(() => lazy.runNew(order), Error, "out of stock");
+   * assertEquals(stored, ["audit"]);
+   * ```
+   *
+   * @typeParam A The types of the arguments.
+   * @typeParam R What the function returns, which may be a promise.
+   * @param callback The function to call. It may be synchronous.
    * @param args The arguments to call it with.
    * @returns The function's result.
    * @throws {unknown} Whatever the function fails with, or the opener after it
    * has lent.
-   * @throws {SuppressedError} If both fail, unless one error is the other's
-   * `cause` or `suppressed`: `suppressed` is the function's error, `error` the
-   * opener's.
+   * @throws {Error} If a part of the task has failed, although the function
+   * resolves. Its `cause` is the part's error.
+   * @throws {SuppressedError} If both the task and its opener fail, unless one
+   * error is the other's `cause` or `suppressed`: `suppressed` is the task's
+   * error, `error` the opener's.
    * @throws {Deno.errors.BadResource} If the `LazyConnection` has been disposed
    * of: before the call, and the function is not called; or later, while the
    * task had a connection.
-   * @throws {TypeError} If a call of `runOrJoin()` in the task is still pending
-   * when the function succeeds, or if the opener does not await `lend()`.
+   * @throws {TypeError} If a part of the task is pending when the function
+   * resolves, if the function returns a generator, or if the opener does not
+   * await `lend()`.
    */
-  async run<A extends unknown[], R>(
+  async runNew<A extends unknown[], R>(
     callback: (...args: A) => R,
     ...args: A
   ): Promise<Awaited<R>> {
-    if (this.#disposed) throw this.#disposed;
+    if (this.#disposed) throw disposedError("start a task");
     const task = new Task();
     // A thenable, such as a query that runs once it is awaited, runs in the task
     const call = () => Promise.resolve(callback(...args));
     let result!: Awaited<R>; // read only if nothing failed
     let failure: Failure;
     try {
-      result = await this.#tasks.run(task, call);
+      result = noGenerator(await this.#tasks.run(task, call));
+      task.check();
     } catch (error) {
       failure = { error };
     }
-    const { loan } = task;
-    failure = task.end(failure);
-    if (loan?.returned) failure = both(failure, await loan.closed);
+    const { loan } = task; // which the end of the task lets go of
+    task.end(failure);
+    if (loan?.outcome) failure = both(failure, await loan.closed);
     if (failure) throw failure.error;
     return result;
-  }
-
-  /**
-   * Calls a function as a part of the current task or, outside of any, as a
-   * task of its own.
-   *
-   * It is for a function that needs a transaction, whether its caller has begun
-   * one or not. If the function throws, the whole task rolls back, even if the
-   * caller catches the error: half of the work must not be committed. For the
-   * same reason, a task fails if it ends before a part of it has settled.
-   *
-   * In a task that has ended it calls nothing, and rejects. What outlives its
-   * task, such as a timer that a request has started, uses `run()`.
-   *
-   * @example Usage
-   * ```ts
-   * import { LazyConnection } from "@cookbook/lazy-connection";
-   * import { assertEquals, assertRejects } from "@std/assert";
-   *
-   * let opened = 0;
-   * const lazy = new LazyConnection<{ id: number }>(
-   *   (lend) => lend({ id: ++opened }),
-   * );
-   * const pay = (amount: number) =>
-   *   lazy.runOrJoin(async () => {
-   *     const { id } = await lazy.get();
-   *     if (amount < 0) throw new RangeError("Cannot pay less than nothing");
-   *     return id;
-   *   });
-   *
-   * assertEquals(await pay(5), 1); // a task of its own
-   * assertEquals(await lazy.run(() => Promise.all([pay(2), pay(3)])), [2, 2]);
-   * await assertRejects(() => lazy.run(() => pay(-1).catch(() => 0)), RangeError);
-   * ```
-   *
-   * @typeParam A The types of the arguments.
-   * @typeParam R What the function returns, be it a promise.
-   * @param callback The function to call; it may be synchronous.
-   * @param args The arguments to call it with.
-   * @returns The function's result.
-   * @throws {unknown} Whatever the function fails with.
-   * @throws {Deno.errors.BadResource} If the task has ended. Outside of a task,
-   * this and what else `run()` throws.
-   */
-  async runOrJoin<A extends unknown[], R>(
-    callback: (...args: A) => R,
-    ...args: A
-  ): Promise<Awaited<R>> {
-    const task = this.#tasks.getStore();
-    if (!task) return await this.run(callback, ...args);
-    if (task.ended) throw endedError("join");
-    task.parts++;
-    try {
-      return await callback(...args);
-    } catch (error) {
-      task.failure = { error }; // the last one, which may translate an earlier one
-      throw error;
-    } finally {
-      task.parts--;
-    }
   }
 
   /**
@@ -620,15 +274,15 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * opened, whoever began that, else a new one.
    *
    * All calls in a task, however deep and however many at once, get the same
-   * connection, which the task keeps to its end.
+   * connection. So call it where you need it, and keep no connection in a
+   * variable that tasks share.
    *
    * If the attempt fails or is cancelled, it fails for all who wait for it, and
-   * the next call tries again. A time-out belongs in the opener or, for one
-   * caller's wait alone, in `deadline` of `@std/async` around this promise. A
-   * failed attempt that nobody awaits yet does not end the process.
+   * the next call tries again. A failed attempt that nobody awaits yet does not
+   * end the process.
    *
-   * Outside of `run()` it opens nothing. It gives the socket that `connect()`
-   * has opened there, or is opening.
+   * Outside of any task it opens nothing. There, it gives the socket that
+   * `connect()` has opened or is opening.
    *
    * @example A server in which each request is a task
    * ```ts
@@ -649,33 +303,11 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * }
    *
    * await using server = Deno.serve(
-   *   { hostname: "127.0.0.1", port: 0 },
-   *   () => lazy.run(handle),
+   *   { hostname: "127.0.0.1", port: 0, onListen() {} },
+   *   () => lazy.runNew(handle),
    * );
    * const response = await fetch(`http://127.0.0.1:${server.addr.port}`);
    * assertEquals(await response.text(), "one connection");
-   * ```
-   *
-   * @example The task's transaction, or the pool where there is no task
-   * ```ts
-   * import { LazyConnection } from "@cookbook/lazy-connection";
-   * import { assertEquals } from "@std/assert";
-   *
-   * const pool = { name: "pool" };
-   * const lazy = new LazyConnection<{ name: string }>(
-   *   (lend) => lend({ name: "transaction" }),
-   * );
-   *
-   * async function name() {
-   *   const db = await lazy.get().catch((error) => {
-   *     if (error instanceof Deno.errors.NotConnected) return pool;
-   *     throw error;
-   *   });
-   *   return db.name;
-   * }
-   *
-   * assertEquals(await name(), "pool");
-   * assertEquals(await lazy.run(name), "transaction");
    * ```
    *
    * @returns The connection: a stand-in for what an opener has lent, or the
@@ -684,46 +316,51 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * @throws {Deno.errors.BadResource} If the task has ended or the
    * `LazyConnection` has been disposed of, before the call or during it.
    * @throws {Deno.errors.Busy} If the opener lends another task's connection.
-   * @throws {Deno.errors.NotConnected} Outside of `run()`, if `connect()` has
+   * @throws {Deno.errors.NotConnected} Outside of any task, if `connect()` has
    * opened nothing there.
-   * @throws {TypeError} If the opener is over without having lent a connection,
-   * or before its task is over.
+   * @throws {TypeError} If the opener is done without having lent a connection,
+   * or before the task has ended.
    */
   get(): Promise<C> {
-    const task = this.#task;
-    // After disposal, #connection() says so
-    if (task === this.#outside && !task.loan && !this.#disposed) {
-      return Promise.reject(new NotConnected(NO_TASK));
+    const task = this.#tasks.getStore() ?? this.#outside;
+    const refusal = this.#refusal(task, "get a connection");
+    if (refusal) return rejected(refusal.error);
+    if (task.loan) return task.loan.opened.promise as Promise<C>; // only a C is lent
+    if (task === this.#outside) {
+      const message =
+        "Cannot get a connection: there is no task, call runNew() for a request, or run() for a function";
+      return Promise.reject(new NotConnected(message));
     }
-    return this.#connection(task) as Promise<C>; // nothing but a C is lent
+    return this.#borrow(task) as Promise<C>; // only a C is lent
   }
 
   /**
-   * Opens a socket for a block, inside or outside of `run()`. It is for a
+   * Opens a socket for a block, inside or outside of a task. It is for a
    * `LazyConnection` that is made from the options of `Deno.connect`.
    *
-   * Disposing of the socket, at the end of the block or by a call, closes it at
-   * once, and the task may open another. Its `close()` closes it, too, but the
-   * task keeps it: `get()` goes on giving the closed socket.
+   * The end of the block disposes of the socket, which closes it. Its `close()`
+   * does, too. Both free the task to open another.
    *
-   * What an opener lends is for `get()`: a disposer cannot tell whether its
-   * block succeeded, so it could not commit.
+   * What an opener lends is for `get()`: the end of a block does not tell
+   * whether the block succeeded, so the opener could not commit.
    *
    * @example Usage
    * ```ts
    * import { LazyConnection } from "@cookbook/lazy-connection";
-   * import { assertEquals } from "@std/assert";
+   * import { assertEquals, assertNotEquals } from "@std/assert";
    *
    * using server = Deno.listen({ hostname: "127.0.0.1", port: 0 });
    * const lazy = new LazyConnection({ port: server.addr.port });
-   * {
+   * const ports: number[] = [];
+   * for (let i = 0; i < 2; i++) {
    *   using conn = await lazy.connect();
-   *   assertEquals(conn.remoteAddr.port, server.addr.port);
+   *   ports.push(conn.localAddr.port);
    * } // closed here
-   * assertEquals(lazy.current, undefined);
+   * assertNotEquals(ports[0], ports[1]);
+   * assertEquals(ports.length, 2);
    * ```
    *
-   * @example A time-out, in milliseconds
+   * @example A timeout, in milliseconds
    * ```ts ignore
    * import { LazyConnection } from "@cookbook/lazy-connection";
    *
@@ -737,8 +374,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * @returns The socket.
    * @throws {unknown} Whatever `Deno.connect` fails with, or the signal's
    * `reason`.
-   * @throws {Deno.errors.AlreadyExists} If the task has a socket, or is opening
-   * one.
+   * @throws {Deno.errors.AlreadyExists} If there is a socket in the task, or
+   * one is being opened. Outside of any task, likewise.
    * @throws {Deno.errors.BadResource} If the task has ended or the
    * `LazyConnection` has been disposed of, before the call or during it.
    * @throws {TypeError} If the `LazyConnection` has an opener, or if `signal`
@@ -748,41 +385,50 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     this: LazyConnection<Deno.TcpConn>,
     { signal }: { signal?: AbortSignal | undefined } = {},
   ): Promise<Deno.TcpConn> {
-    if (!this.#sockets) return Promise.reject(new TypeError(NO_BLOCK));
-    const task = this.#task;
-    if (task.loan && !this.#disposed) { // see get()
-      return Promise.reject(new AlreadyExists(CONNECTED));
+    const task = this.#tasks.getStore() ?? this.#outside;
+    const refusal = this.#refusal(task, "connect");
+    if (refusal) return rejected(refusal.error);
+    if (!this.#sockets) {
+      const message = "Cannot connect: there is an opener, call get()";
+      return Promise.reject(new TypeError(message));
     }
-    return this.#connection(task, signal) as Promise<Deno.TcpConn>;
+    if (task.loan) {
+      const message =
+        "Cannot connect: already connected or connecting, close that socket first, or connect in runNew()";
+      return Promise.reject(new AlreadyExists(message));
+    }
+    // A LazyConnection of sockets lends nothing else
+    return this.#borrow(task, signal) as Promise<Deno.TcpConn>;
   }
 
-  /** The task's connection: the one that it has, or is opening, or a new one. */
-  #connection(task: Task, signal = this.#signal): Promise<object> {
-    const { loan } = task;
-    if (task.ended) return rejected(endedError("connect"));
-    if (loan?.failure) return rejected(loan.failure.error);
-    if (loan) return loan.opened.promise;
-    if (this.#disposed) return rejected(this.#disposed);
-    const next = task.loan = new Loan(task);
-    this.#loans.add(next);
-    next.closed = this.#call(next, signal);
-    return next.opened.promise;
+  /** Why the task gets no connection, if so. */
+  #refusal(task: Task, act: string): Failure {
+    if (task.ended) return { error: endedError(act) };
+    if (this.#disposed) return { error: disposedError(act) };
+    return task.loan?.failure;
+  }
+
+  /** Has the opener open a connection for the task. */
+  #borrow(task: Task, signal?: AbortSignal): Promise<object> {
+    const loan = task.loan = new Loan(task);
+    this.#loans.add(loan);
+    loan.closed = this.#callOpener(loan, signal);
+    return loan.opened.promise;
   }
 
   /** Calls the opener, and resolves to what it fails with in closing. */
-  async #call(loan: Loan, signal?: AbortSignal): Promise<Failure> {
-    let cancel: AbortSignal | undefined;
+  async #callOpener(loan: Loan, signal?: AbortSignal): Promise<Failure> {
     let failure: Failure;
-    const abort = () => {
-      if (loan.state === "opening") loan.end({ error: cancel?.reason });
-    };
+    let cancelling: AbortSignal | undefined;
+    const cancel = () => loan.cancel(cancelling?.reason);
     try {
-      // Not the given signal itself: an EventTarget searches all its listeners
-      // whenever one is added or removed, and many attempts may share a signal.
-      if (signal !== undefined) {
-        cancel = AbortSignal.any([signal, this.#signal ?? signal]);
-        cancel.throwIfAborted();
-        cancel.addEventListener("abort", abort);
+      if (signal !== undefined || this.#signal !== undefined) {
+        const signals = [signal, this.#signal].filter((it) => it !== undefined);
+        // Not the signals themselves: an EventTarget searches all its listeners
+        // whenever one is added or removed, and many attempts may share a signal
+        cancelling = AbortSignal.any(signals);
+        cancelling.throwIfAborted();
+        cancelling.addEventListener("abort", cancel);
       }
       const lend = (connection: C) => this.#lend(loan, connection);
       const opener = this.#opener; // a function of its own, without `this`
@@ -790,34 +436,40 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     } catch (error) {
       failure = { error };
     }
-    cancel?.removeEventListener("abort", abort);
+    cancelling?.removeEventListener("abort", cancel);
     this.#loans.delete(loan);
-    loan.over = true;
-    if (loan.state !== "ended") {
-      failure ??= { error: new TypeError(loan.returned ? OVER : NOT_LENT) };
-      loan.end(failure);
-    } else if (loan.failure && loan.failure.error === failure?.error) {
-      failure = undefined; // the opener only passes on what lend() rejected with
-    }
-    return failure;
+    if (this.#disposed && this.#loans.size === 0) this.#idle.resolve();
+    return loan.finish(failure);
   }
 
   #lend(loan: Loan, connection: C): Promise<void> {
-    const { state, failure, returned } = loan;
-    const again = failure && { cause: failure.error };
-    if (returned) return rejected(new TypeError(LENT, again));
+    const { failure, outcome, state } = loan;
+    if (outcome) {
+      const message =
+        "Cannot lend: the opener has lent already, retry around runNew()";
+      const cause = failure && { cause: failure.error };
+      return rejected(new TypeError(message, cause));
+    }
     if (state === "ended") return rejected(failure?.error);
     // A promise that resolves to a thenable would resolve to what that gives
     if (Object(connection) !== connection || "then" in connection) {
-      return rejected(new TypeError(NO_OBJECT));
+      const message =
+        "Cannot lend: the connection must be an object, and no promise";
+      return rejected(new TypeError(message));
     }
-    if (this.#sockets) return loan.lend(connection);
-    if (this.#lent.has(connection)) return rejected(new Busy(LENT_TO_ANOTHER));
+    // A LazyConnection of sockets lends nothing else
+    if (this.#sockets) {
+      return loan.lend(freeing(connection as object as Deno.TcpConn, loan));
+    }
+    if (this.#lent.has(connection)) {
+      const message = "Cannot lend: another task has this connection";
+      return rejected(new Busy(message));
+    }
     this.#lent.add(connection);
-    const end = loan.lend(standIn(connection, loan));
+    const lent = loan.lend(standIn(connection, loan));
     const free = () => this.#lent.delete(connection);
-    end.then(free, free); // before the opener goes on, which may hand it on
-    return end;
+    lent.then(free, free); // before the opener goes on, which may hand it on
+    return lent;
   }
 
   /**
@@ -827,7 +479,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    *
    * A task that had a connection fails with a `Deno.errors.BadResource`, even
    * if its function succeeds: what was not committed is no success. If closing
-   * fails, `run()` rejects with that as well.
+   * fails, `runNew()` rejects with that as well.
    *
    * @example Usage
    * ```ts
@@ -836,7 +488,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    *
    * const lazy = new LazyConnection<Date>((lend) => lend(new Date()));
    *
-   * const task = lazy.run(async () => {
+   * const task = lazy.runNew(async () => {
    *   await lazy.get();
    *   await lazy[Symbol.asyncDispose]();
    * });
@@ -847,34 +499,177 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * @returns A promise that resolves once nothing is open. It never rejects.
    */
   async [Symbol.asyncDispose](): Promise<void> {
-    const error = this.#disposed ??= new BadResource(DISPOSED);
-    for (const loan of this.#loans) loan.end({ error });
-    // An opener that calls this is still to return, before its loan has `closed`
-    await null;
-    await Promise.all(Array.from(this.#loans, ({ closed }) => closed));
+    this.#disposed = true;
+    if (this.#loans.size === 0) return;
+    const error = disposedError("use the connection");
+    for (const loan of this.#loans) {
+      loan.cancel(error);
+      loan.end({ error });
+    }
+    this.#outside.loan = undefined; // which has no end that would let go of it
+    await this.#idle.promise;
   }
 }
 
-/** A call of `run()`, or all code outside of any. */
+/**
+ * Opens a connection, lends it to the task that asked for it, and closes it.
+ *
+ * `await lend(connection)` takes as long as the task has the connection. It
+ * resolves if the task succeeded, and rejects with the task's error if it
+ * failed. So an opener commits after it, rolls back in a `catch`, which throws
+ * the error again, and closes in a `finally`. The task itself does none of
+ * these. Any `db.transaction(callback)`-style function works as an opener.
+ *
+ * The opener is called inside the task, once for each attempt to connect. If it
+ * fails before it lends, the attempt rejects with its error. If it fails later,
+ * the task does. In the opener,
+ *
+ * - wait for `lend()` to the end: after `deadline(lend(client), 5_000)`, the
+ *   task would go on beside the ROLLBACK. A timeout goes around what runs inside
+ *   the task;
+ * - do not wait for `get()` of the same `LazyConnection`, which waits for the
+ *   opener, nor for its disposal, which does so, too;
+ * - call `runNew()` where it needs a connection after the task has ended, such
+ *   as after COMMIT: `run()` is refused there.
+ *
+ * The task gets a *stand-in* for the connection: a `Proxy`, which works like
+ * the connection until the task ends. After that, reading from it, writing to
+ * it and calling it throw a `Deno.errors.BadResource`, so that nobody writes
+ * into somebody else's transaction. Even an asynchronous method throws then,
+ * before it returns a promise.
+ *
+ * - What the connection gives, such as a builder, a prepared statement, a
+ *   cursor or a stream, is no stand-in, and a query that has been sent goes on.
+ * - Each task has another stand-in. What is set up once for each client, such
+ *   as a listener, is set up in the opener.
+ * - What needs the very object refuses a stand-in, such as `backup()` of
+ *   `node:sqlite`, or fails late, such as a stream that is piped into it. For
+ *   that, lend `Object.freeze({ client })`, which gives `client` as it is,
+ *   without a guard.
+ * - A method that the task patches must be put back before the task ends.
+ *
+ * @example A transaction for each task
+ * ```ts
+ * import { LazyConnection } from "@cookbook/lazy-connection";
+ * import { assertEquals, assertRejects } from "@std/assert";
+ *
+ * type Client = { query(sql: string): void };
+ * const log: string[] = [];
+ * const lazy = new LazyConnection<Client>(async (lend) => {
+ *   const client = { query: (sql: string) => void log.push(sql) };
+ *   try {
+ *     client.query("BEGIN");
+ *     await lend(client);
+ *     client.query("COMMIT");
+ *   } catch (error) {
+ *     client.query("ROLLBACK");
+ *     throw error;
+ *   } finally {
+ *     log.push("close");
+ *   }
+ * });
+ *
+ * async function insert(value: number) {
+ *   const client = await lazy.get();
+ *   client.query(`INSERT ${value}`);
+ *   if (value < 0) throw new RangeError("Cannot insert a negative value");
+ * }
+ *
+ * await lazy.run(insert, 1);
+ * assertEquals(log.splice(0), ["BEGIN", "INSERT 1", "COMMIT", "close"]);
+ *
+ * await assertRejects(() => lazy.run(insert, -1), RangeError);
+ * assertEquals(log, ["BEGIN", "INSERT -1", "ROLLBACK", "close"]);
+ * ```
+ *
+ * @typeParam C The type of the connection.
+ * @param lend Lends the connection. It never throws. It rejects with a
+ * `Deno.errors.Busy` if the same `LazyConnection` has lent the connection to
+ * another task, and with a `TypeError` if the connection is not an object, or
+ * is a promise; then nothing is lent, and the opener may lend another. If it is
+ * called again after it has lent, it rejects with a `TypeError`, whose `cause`
+ * is the task's error, if any.
+ * @param signal Aborts when the attempt is cancelled, and never once the
+ * connection is lent. A cancelled attempt rejects at once. Nobody hears of what
+ * its opener does after that, but disposal waits for it.
+ * @returns A promise that settles when the connection is closed.
+ */
+export type Opener<C extends object> = (
+  lend: (connection: C) => Promise<void>,
+  signal: AbortSignal,
+) => PromiseLike<void>;
+
+/** What was thrown, be it `undefined`. */
+type Failure = { readonly error: unknown } | undefined;
+
+type Method = (...args: unknown[]) => unknown;
+
+/** A call of `runNew()`, or all code outside of any. */
 class Task {
   ended = false;
-  /** How many of its parts, the calls of `runOrJoin()` in it, are pending. */
-  parts = 0;
-  /** What a part failed with: half of the work must not be committed. */
-  failure: Failure;
   /** Its attempt to connect, then its connection. */
   loan: Loan | undefined;
+  /** Its pending parts, once it has had one. */
+  parts: Part[] | undefined;
+  /** What a part failed with: half of the work must not be committed. */
+  partFailure: Failure;
 
-  /** Ends the task, and returns what it fails with. */
-  end(failure: Failure): Failure {
-    const { loan } = this;
-    failure ??= this.failure ?? loan?.failure;
-    if (this.parts > 0) failure ??= { error: new TypeError(PENDING) };
-    this.ended = true;
-    if (loan?.state === "opening") loan.end({ error: endedError("connect") });
-    else loan?.end(failure);
-    return failure;
+  /** Calls a function as a part of the task. */
+  async part<A extends unknown[], R>(
+    callback: (...args: A) => R,
+    args: A,
+  ): Promise<Awaited<R>> {
+    if (this.ended) throw endedError("take part in the task");
+    const parts = this.parts ??= [];
+    const part: Part = { callback, index: parts.length };
+    parts.push(part);
+    try {
+      return noGenerator(await callback(...args));
+    } catch (error) {
+      // The last failure counts, as it may translate an earlier one
+      if (!this.ended) this.partFailure = { error };
+      throw error;
+    } finally {
+      // The last one takes its place. A Set would take longer (deno task ratios)
+      const last = parts.pop()!;
+      if (last !== part) {
+        parts[part.index] = last;
+        last.index = part.index;
+      }
+    }
   }
+
+  /** Throws what makes the task fail although its function has succeeded. */
+  check(): void {
+    if (this.partFailure) {
+      const message =
+        "Cannot complete the task: a part of it failed although its error was caught, call what may fail alone without run(), or in runNew()";
+      throw new Error(message, { cause: this.partFailure.error });
+    }
+    if (this.loan?.failure) throw this.loan.failure.error;
+    if (!this.parts?.length) return;
+    const names = this.parts.map(({ callback }) => callback.name as unknown);
+    const name = names.find((name) => name && typeof name === "string");
+    const part = name ? `its part "${name}"` : "a part of it";
+    const message =
+      `Cannot complete the task: ${part} is pending, await each run()`;
+    throw new TypeError(message);
+  }
+
+  /** Ends the task, and lets go of what nobody needs who outlives it. */
+  end(failure: Failure): void {
+    const { loan } = this;
+    this.ended = true;
+    this.loan = this.parts = this.partFailure = undefined;
+    if (loan?.state === "opening") loan.cancel(endedError("connect"));
+    else loan?.end(failure);
+  }
+}
+
+/** A part that is pending, and where it stands among those of its task. */
+interface Part {
+  readonly callback: { readonly name: unknown };
+  index: number;
 }
 
 /**
@@ -886,48 +681,70 @@ class Task {
  */
 class Loan {
   state: "opening" | "lent" | "ended" = "opening";
-  /** What the task has, as long as it has it: the stand-in, or the socket. */
-  connection: object | undefined;
-  /** Why it has ended, if not with the success of its task. */
+  /** Why it has ended, unless its task succeeded or closed its socket. */
   failure: Failure;
   /** What `get()` and `connect()` return. */
   readonly opened = Promise.withResolvers<object>();
   /** What `lend()` returns, once it has lent. */
-  returned: PromiseWithResolvers<void> | undefined;
-  /** Resolves when the opener is over, to what it failed with in closing. */
+  outcome: PromiseWithResolvers<void> | undefined;
+  /** Resolves when the opener is done, to what it failed with in closing. */
   closed: Promise<Failure> | undefined;
-  /** Whether the opener is over. */
-  over = false;
   /** Has the signal that the opener is called with. */
   readonly attempt = new AbortController();
 
   constructor(readonly task: Task) {}
 
-  /** Lends what the task gets. The promise settles when the loan ends. */
-  lend(connection: object): Promise<void> {
+  /** Gives the task what it gets: the stand-in, or the socket. */
+  lend(given: object): Promise<void> {
     this.state = "lent";
-    this.connection = connection;
-    this.opened.resolve(connection);
-    this.returned = Promise.withResolvers<void>();
-    return this.returned.promise;
+    this.outcome = Promise.withResolvers<void>();
+    this.opened.resolve(given);
+    return this.outcome.promise;
   }
 
-  /** Ends the loan, once: rejects the attempt, or settles what `lend()` returned. */
+  /** Rejects an attempt, and leaves its task free to try again. */
+  reject(error: unknown): void {
+    this.state = "ended";
+    this.failure = { error };
+    this.task.loan = undefined;
+    this.opened.promise.catch(() => {}); // nobody may await it yet
+    this.opened.reject(error);
+  }
+
+  /** Rejects an attempt whose opener is not done, and tells the opener. */
+  cancel(reason: unknown): void {
+    if (this.state !== "opening") return;
+    this.reject(reason);
+    this.attempt.abort(reason);
+  }
+
+  /** Ends what is lent: takes it from the task, and tells the opener how it went. */
   end(failure?: Failure): void {
-    const { state, task } = this;
-    if (state === "ended") return;
+    if (this.state !== "lent") return;
     this.state = "ended";
     this.failure = failure;
-    this.connection = undefined;
-    // What is taken from a running task stays with it, so that it gets no other
-    const isTaken = state === "lent" && failure && !task.ended;
-    if (!isTaken) task.loan = undefined;
-    if (state === "opening") {
-      quiet(this.opened.promise);
-      this.opened.reject(failure?.error);
-      if (!this.over) this.attempt.abort(failure?.error);
-    } else if (failure) this.returned!.reject(failure.error);
-    else this.returned!.resolve();
+    // A task that fails keeps its loan to the end, so that it gets no other
+    if (!failure) this.task.loan = undefined;
+    if (failure) this.outcome!.reject(failure.error);
+    else this.outcome!.resolve();
+  }
+
+  /** Ends with the opener, and returns what that failed with in closing. */
+  finish(failure: Failure): Failure {
+    if (this.state === "opening") {
+      const message =
+        "Cannot connect: the opener is done and has lent nothing, it must `await lend(connection)`";
+      failure ??= { error: new TypeError(message) };
+      this.reject(failure.error);
+    } else if (this.state === "lent") {
+      const message =
+        "Cannot use the connection: its opener was done before the task, it must `await lend(connection)`";
+      failure ??= { error: new TypeError(message) };
+      this.end(failure);
+    } else if (this.failure && this.failure.error === failure?.error) {
+      return undefined; // the opener only passes on what lend() rejected with
+    }
+    return failure;
   }
 
   /** Throws if the task does not have the connection any more. */
@@ -937,40 +754,41 @@ class Loan {
   }
 }
 
-/** The connections' own functions, by the guarded ones that stand-ins give. */
-const originals = new WeakMap<object, object>();
+/** Has each way to close a socket free its task. */
+function freeing(socket: Deno.TcpConn, loan: Loan): Deno.TcpConn {
+  const { close, [Symbol.dispose]: dispose } = socket;
+  socket.close = () => {
+    loan.end();
+    close.call(socket);
+  };
+  socket[Symbol.dispose] = () => {
+    loan.end();
+    dispose.call(socket);
+  };
+  return socket;
+}
 
-type Method = (...args: unknown[]) => unknown;
+/** The connections' own methods, by the guarded ones that stand-ins give. */
+const originals = new WeakMap<object, object>();
 
 /** Makes what works as the connection does, as long as its task has it. */
 function standIn(connection: object, loan: Loan): object {
-  /** What the stand-in gives for functions of the connection. */
-  const given = new WeakMap<object, object>();
+  const guards = new WeakMap<object, object>();
   // On the connection itself, a method can use its private fields
   const unwrap = <T>(self: T) => self === proxy ? connection : self;
 
-  /** Calls the connection, or a function that `guarded()` has made. */
+  /** Calls the connection, or a method of it. */
   function apply(method: Method, self: object, args: unknown[]): unknown {
-    // A patch that a task has left on the connection: this one has its own guard
-    if (self === connection) return Reflect.apply(method, self, args);
     loan.check();
     const result = Reflect.apply(method, unwrap(self), args);
     return result === connection ? proxy : result;
   }
 
-  function guarded(original: object): object {
-    let method = given.get(original);
-    if (!method) {
-      method = new Proxy(original, { apply });
-      given.set(original, method);
-      originals.set(method, original);
-    }
-    return method;
-  }
-
   function get(_: object, key: PropertyKey, receiver: object): unknown {
     if (key === Symbol.dispose || key === Symbol.asyncDispose) {
-      throw new TypeError(NO_DISPOSAL);
+      throw new TypeError(
+        "Cannot dispose of the connection: its opener closes it when the task ends",
+      );
     }
     // A promise that resolves to it asks for the one, console.log for the other
     if (key !== "then" && key !== Symbol.toStringTag) loan.check();
@@ -979,77 +797,74 @@ function standIn(connection: object, loan: Loan): object {
     if (!isMethod && value !== connection) return value;
     const own = Reflect.getOwnPropertyDescriptor(connection, key);
     if (own?.writable === false && !own.configurable) return value; // must be
-    return value === connection ? proxy : guarded(value);
+    if (!isMethod || value === connection) return proxy;
+    let guarded = guards.get(value);
+    if (!guarded) {
+      guarded = new Proxy(value, { apply });
+      guards.set(value, guarded);
+      originals.set(guarded, value);
+    }
+    return guarded;
   }
 
   function set(_: object, key: PropertyKey, value: unknown, receiver: object) {
     loan.check();
-    return Reflect.set(connection, key, toStore(key, value), unwrap(receiver));
-  }
-
-  function defineProperty(_: object, key: PropertyKey, to: PropertyDescriptor) {
-    loan.check();
-    const own = "value" in to ? { ...to, value: toStore(key, to.value) } : to;
-    return Reflect.defineProperty(connection, key, own);
-  }
-
-  /** What the connection gets where this is assigned. */
-  function toStore(key: PropertyKey, value: unknown): unknown {
     // A patched method that is put back must not fail when this task has ended.
     // WeakMap.get() takes any value, although its type does not
-    const original = originals.get(value as object) ?? unwrap(value);
-    if (original !== value || typeof value !== "function") return original;
-    // A function of the task's own is given as it was, as those who patch expect;
-    // but not one that it replaces or hides, and that is put back
-    let at: object | null = connection;
-    while (at) {
-      const own = Reflect.getOwnPropertyDescriptor(at, key)?.value;
-      if (typeof own === "function") guarded(own);
-      at = Reflect.getPrototypeOf(at);
-    }
-    if (!given.has(value)) given.set(value, value);
-    return value;
+    const raw = originals.get(value as object) ?? unwrap(value);
+    return Reflect.set(connection, key, raw, unwrap(receiver));
   }
 
-  const traps = { apply, get, set, defineProperty };
   // As if it were a function, which it may be
-  const proxy: object = new Proxy(connection as Method, traps);
+  const proxy: object = new Proxy(connection as Method, { apply, get, set });
   return proxy;
 }
-
-/** What was thrown, be it `undefined`. */
-type Failure = { readonly error: unknown } | undefined;
 
 /** What a task fails with: its own failure and its opener's, unless one has both. */
 function both(own: Failure, opener: Failure): Failure {
   if (!own || !opener) return own ?? opener;
   if (has(opener.error, own.error)) return opener;
   if (has(own.error, opener.error)) return own;
-  return { error: new SuppressedError(opener.error, own.error, BOTH) };
+  const message = "Cannot complete the task: it failed, and so did its opener";
+  return { error: new SuppressedError(opener.error, own.error, message) };
 }
 
 /** Whether an error is another one, or its `cause` or `suppressed` is. */
 function has(error: unknown, other: unknown): boolean {
-  if (error === other) return true;
-  if (!(error instanceof Error)) return false;
-  // The other may be `undefined`, which an error without a cause does not have
-  if ("cause" in error && error.cause === other) return true;
-  return "suppressed" in error && error.suppressed === other;
+  if (!(error instanceof Error)) return error === other;
+  const { cause, suppressed } = error as Partial<SuppressedError>; // if it is one
+  return [error, cause, suppressed].includes(other);
+}
+
+/** Refuses a generator, whose body would run outside of the task or part. */
+function noGenerator<T>(result: T): T {
+  if (typeof result === "object") {
+    const tag = Object.prototype.toString.call(result);
+    if (/^\[object ((Async)?Generator|Iterator Helper)\]$/.test(tag)) {
+      throw new TypeError(
+        "Cannot return a generator: its body would run outside of the task, iterate inside",
+      );
+    }
+  }
+  return result;
 }
 
 /** The error of what can only be done before the task has ended. */
 function endedError(act: string): Error {
-  const message = "the task has ended, start another with run()";
-  return new BadResource(`Cannot ${act}: ${message}`);
+  return new BadResource(
+    `Cannot ${act}: the task's function settled before this, await all that it starts, or start another task with runNew()`,
+  );
 }
 
-/** Lets a promise reject although nobody may await it. */
-function quiet<T>(promise: Promise<T>): Promise<T> {
-  promise.catch(() => {});
-  return promise;
+function disposedError(act: string): Error {
+  return new BadResource(
+    `Cannot ${act}: the LazyConnection has been disposed of`,
+  );
 }
 
 /** Rejects quietly. Wrong use, such as a second `connect()`, rejects aloud. */
 function rejected(error: unknown): Promise<never> {
-  return quiet(Promise.reject(error));
+  const promise = Promise.reject(error);
+  promise.catch(() => {}); // nobody may await it
+  return promise;
 }

@@ -1,21 +1,14 @@
 // Copyright 2026 the LazyConnection authors. MIT license.
 
 /**
- * One shared object that gives each async task (an HTTP request, say) its own
- * connection or transaction, without passing it through every function.
+ * One object that many asynchronous tasks share, and that gives each of them a
+ * connection of its own: a socket, or a database client in a transaction.
  *
- * - A *task* is a call of `run()`, with everything that it starts. Its first
- *   `get()` opens the connection, and every later one gives the same.
- * - Throw to roll back. A response that is returned commits, whatever its
- *   status. A time-out goes inside, `lazy.run(() => deadline(fn(), 1_000))`.
- * - `run()` inside a task is independent: it takes a connection of its own.
- * - `runOrJoin()` takes part in the current task, or starts one. If its
- *   function throws, the whole task rolls back, even if the caller catches the
- *   error.
- * - Nothing that outlives the task can use its connection. Only a call that has
- *   begun goes on, and what the client has given, such as a prepared statement,
- *   is not guarded. So wait for all branches before you throw or return.
- * - Retry the whole `run()`.
+ * - `run(fn)` wraps a function that needs the connection. Functions that call
+ *   each other are one transaction.
+ * - `runNew(fn)` begins a task: a request, a job, a timer, an item of a queue.
+ * - `get()` gives the task's connection, and opens it the first time.
+ * - Throw to roll back, and await all that you start.
  *
  * ```ts
  * import { LazyConnection } from "@cookbook/lazy-connection";
@@ -26,30 +19,35 @@
  *   async (lend) => {
  *     log.push("BEGIN");
  *     try {
- *       // Settles as the task does
- *       await lend({ query: (sql) => void log.push(sql) });
+ *       await lend({ query: (sql) => void log.push(sql) }); // until the task ends
  *       log.push("COMMIT");
  *     } catch (error) {
  *       log.push("ROLLBACK");
  *       throw error;
- *     } finally {
- *       log.push("close");
  *     }
  *   },
  * );
  *
- * async function insert(value: number) {
- *   const client = await lazy.get(); // this task's own, however deep the call
- *   client.query(`INSERT ${value}`);
- *   if (value < 0) throw new RangeError("negative");
- * }
+ * const add = (amount: number) =>
+ *   lazy.run(async () => {
+ *     const client = await lazy.get(); // the task's own
+ *     client.query(`ADD ${amount}`);
+ *     if (amount > 100) throw new RangeError("Cannot add so much");
+ *   });
+ * const transfer = (amount: number) =>
+ *   lazy.run(async () => {
+ *     await add(-amount);
+ *     await add(amount);
+ *   });
  *
- * await lazy.run(insert, 1);
- * assertEquals(log.splice(0), ["BEGIN", "INSERT 1", "COMMIT", "close"]);
- *
- * await lazy.run(insert, -1).catch(() => {});
- * assertEquals(log, ["BEGIN", "INSERT -1", "ROLLBACK", "close"]);
+ * await transfer(1);
+ * assertEquals(log.splice(0), ["BEGIN", "ADD -1", "ADD 1", "COMMIT"]);
+ * await transfer(200).catch(() => {});
+ * assertEquals(log, ["BEGIN", "ADD -200", "ADD 200", "ROLLBACK"]);
  * ```
+ *
+ * The README has the rules, and what was tried with servers (`Deno.serve`, Hono,
+ * Express, Fastify), database clients, and recipes.
  *
  * @module
  */

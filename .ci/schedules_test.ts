@@ -10,6 +10,7 @@
  *
  * @module
  */
+import { AsyncLocalStorage } from "node:async_hooks";
 import { assert, assertEquals } from "@std/assert";
 import { LazyConnection } from "../mod.ts";
 
@@ -34,102 +35,124 @@ class Chance {
   }
 }
 
-/** A transaction, on a connection that a pool gives again and again. */
-class Transaction {
+/** Lets all promises settle that can. */
+async function flush(): Promise<void> {
+  for (let i = 0; i < 50; i++) await null;
+}
+
+/** A client that a pool gives again and again, and what it has not committed. */
+class Client {
   rows: object[] = [];
   insert(row: object) {
     this.rows.push(row);
   }
 }
 
-class Task {
+/** What a task did, which is the row that it inserts, and how it went. */
+class Log {
   inserted = 0;
+  /** How many of its parts are pending. */
+  pending = 0;
   /** Whether a part of it has failed. */
   failed = false;
+  /** Whether it must not resolve. */
+  mustFail = false;
   resolved = false;
-  /** Whether it resolved although a part had failed before its end. */
-  halved = false;
 }
 
-/** The rows of a task are stored if and only if its `run()` resolves. */
+/** The rows of a task are stored if and only if it resolves. */
 async function transactions(chance: Chance): Promise<void> {
-  const pool: Transaction[] = [];
+  const pool: Client[] = [];
   const stored: object[] = [];
-  const tasks: Task[] = [];
+  const logs: Log[] = [];
   let openers = 0;
 
-  const lazy = new LazyConnection<Transaction>(async (lend, signal) => {
+  const lazy = new LazyConnection<Client>(async (lend, signal) => {
     openers++;
-    const transaction = pool.pop() ?? new Transaction();
+    const client = pool.pop() ?? new Client();
     try {
       await chance.ticks();
       if (chance.oneIn(8)) throw new Error("opening");
       if (chance.oneIn(2)) signal.throwIfAborted(); // half of them heed it
-      if (chance.oneIn(10)) { // is over, perhaps before its task
-        lend(new Transaction());
+      if (chance.oneIn(10)) { // is done, perhaps before its task
+        lend(new Client());
         await chance.ticks();
-        throw new Error("over");
+        throw new Error("done");
       }
-      await lend(transaction);
+      await lend(client);
       await chance.ticks();
       if (chance.oneIn(8)) throw new Error("COMMIT");
-      stored.push(...transaction.rows);
+      stored.push(...client.rows);
     } finally {
-      transaction.rows = [];
-      pool.push(transaction);
+      client.rows = [];
+      pool.push(client);
       await chance.ticks();
       openers--;
     }
   });
 
-  /** Does something as a part of a task. */
-  async function step(task: Task, depth: number): Promise<void> {
+  /** Does something in a task: as it is, in a part, or in a task of its own. */
+  async function step(log: Log, depth: number): Promise<void> {
     await chance.ticks();
-    const way = chance.pick(5);
+    const way = chance.pick(6);
     if (way === 0) {
       lazy.get(); // nobody awaits it
       if (chance.oneIn(2)) throw new Error("task");
-    } else if (way === 1) {
-      await lazy.runOrJoin(() => step(task, depth)).catch((error) => {
-        task.failed = true;
+    } else if (way < 3 && depth < 4) {
+      log.pending++;
+      const part = lazy.run(branches, log, depth + 1).catch((error) => {
+        log.failed = true;
         throw error;
-      });
-    } else if (way === 2 && depth < 2) {
-      await start(depth + 1);
+      }).finally(() => log.pending--);
+      if (chance.oneIn(4)) part.catch(() => {}); // nobody awaits it
+      else await part;
+    } else if (way === 3 && depth < 4) {
+      await start(chance.oneIn(2) ? lazy.runNew : outside, depth + 1);
     } else {
-      const transaction = await lazy.get();
+      const client = await lazy.get();
       await chance.ticks();
-      transaction.insert(task);
-      task.inserted++;
+      client.insert(log);
+      log.inserted++;
     }
   }
 
-  /** Runs a task of several branches, which may outlive it. */
-  async function start(depth = 0): Promise<void> {
-    const task = tasks[tasks.push(new Task()) - 1]!;
+  /** Does several things at once, which may outlive what they are started by. */
+  async function branches(log: Log, depth: number): Promise<void> {
     const branch = () =>
-      step(task, depth).catch((error) => {
+      step(log, depth).catch((error) => {
         if (chance.oneIn(2)) throw error;
       });
-    const run = lazy.run(async () => {
-      await Promise.all(Array.from({ length: 1 + chance.pick(3) }, branch));
-      return task.failed;
-    });
-    task.halved = await run;
-    task.resolved = true;
+    await Promise.all(Array.from({ length: 1 + chance.pick(3) }, branch));
   }
 
-  const settled = Promise.allSettled([start(), start(), start()]);
+  /** Starts a task, in another or outside of any. */
+  async function start(run: typeof lazy.run, depth = 0): Promise<void> {
+    const log = new Log();
+    logs.push(log);
+    await run.call(lazy, async () => {
+      await branches(log, depth);
+      log.mustFail = log.failed;
+    });
+    log.resolved = true;
+    await flush();
+    if (log.pending > 0) log.mustFail = true;
+  }
+
+  const leave = AsyncLocalStorage.snapshot();
+  const outside: typeof lazy.run = (...args) => leave(() => lazy.run(...args));
+
+  const starts = [start(lazy.run), start(lazy.runNew), start(lazy.run)];
+  const settled = Promise.allSettled(starts);
   if (chance.oneIn(2)) await settled;
   else for (let i = 0; i < 5; i++) await chance.ticks();
   await lazy[Symbol.asyncDispose]();
   assertEquals(openers, 0);
   await settled;
-  for (let i = 0; i < 50; i++) await null; // branches that outlive their tasks
-  for (const task of tasks) {
-    const rows = stored.filter((row) => row === task).length;
-    assertEquals(rows, task.resolved ? task.inserted : 0);
-    assert(!task.halved);
+  await flush(); // branches that outlive their tasks
+  for (const log of logs) {
+    const rows = stored.filter((row) => row === log).length;
+    assertEquals(rows, log.resolved ? log.inserted : 0);
+    assert(!(log.mustFail && log.resolved));
   }
 }
 
@@ -141,7 +164,8 @@ async function sockets(chance: Chance): Promise<void> {
   const connect = async () => {
     await chance.ticks();
     if (chance.oneIn(8)) throw new Error("refused");
-    const socket = { [Symbol.dispose]: () => open.delete(socket) };
+    const close = () => void open.delete(socket);
+    const socket = { close, [Symbol.dispose]: close };
     open.add(socket);
     return socket;
   };
@@ -149,27 +173,30 @@ async function sockets(chance: Chance): Promise<void> {
   Deno.connect = connect as object as typeof Deno.connect;
   const lazy = new LazyConnection({ port: 1 });
 
-  /** Disposes of a socket by `using`, however it asked for it. */
+  /** Closes a socket in some way, however it got it. */
   async function block(): Promise<void> {
     const controller = new AbortController();
     chance.ticks().then(() => controller.abort("enough"));
-    const options = chance.oneIn(3) ? controller : {};
-    using conn = await (chance.oneIn(2) ? lazy.connect(options) : lazy.get());
+    const options = chance.oneIn(3) ? { signal: controller.signal } : {};
+    const conn = await (chance.oneIn(2) ? lazy.connect(options) : lazy.get());
     await chance.ticks();
-    if (disposed) return;
-    if (lazy.current !== conn) broken.push("the task has another socket");
-    if (!open.has(conn)) broken.push("the task's socket is closed");
+    if (!disposed && !open.has(conn)) broken.push("it is closed");
+    const again = lazy.get();
+    if (chance.oneIn(2)) conn.close();
+    else conn[Symbol.dispose]();
+    if (await again !== conn) broken.push("the task has another");
   }
 
   async function task(): Promise<void> {
     for (let i = chance.pick(4); i > 0; i--) {
-      await block().catch(() => {});
-      if (chance.oneIn(3)) lazy.run(task).catch(() => {});
+      await (chance.oneIn(2) ? block() : lazy.run(block)).catch(() => {});
+      if (chance.oneIn(3)) lazy.runNew(task).catch(() => {});
     }
     if (chance.oneIn(2)) lazy.connect().catch(() => {}); // is cancelled
   }
 
-  const settled = Promise.allSettled([lazy.run(task), lazy.run(task), task()]);
+  const starts = [lazy.runNew(task), lazy.runNew(task), task()];
+  const settled = Promise.allSettled(starts);
   if (chance.oneIn(2)) await settled;
   else for (let i = 0; i < 5; i++) await chance.ticks();
   disposed = true;
