@@ -1,11 +1,12 @@
 // Copyright 2026 the LazyConnection authors. MIT license.
 
 /**
- * Two concurrent tasks share one `LazyConnection`, and have two connections:
+ * Shows what a `LazyConnection` does for tasks, first of all that two at once
+ * have a socket each:
  *
  * ```sh
  * deno run --allow-net demo.ts            # its own server, on loopback
- * deno run --allow-net demo.ts HOST PORT  # any HTTP server
+ * deno run --allow-net demo.ts HOST PORT  # the sockets alone, any HTTP server
  * ```
  *
  * @module
@@ -14,9 +15,9 @@ import { LazyConnection } from "./mod.ts";
 
 type Log = (line: string) => void;
 
-/** Sends the recipe's request in two tasks at once, and logs what they do. */
+/** The recipe: two tasks at once send a request, each over its own socket. */
 async function fetchTwice(hostname: string, port: number, log: Log) {
-  await using lazy = new LazyConnection({ hostname, port });
+  const lazy = new LazyConnection({ hostname, port });
   const bothOpen = Promise.withResolvers<void>();
   let open = 0;
 
@@ -25,70 +26,82 @@ async function fetchTwice(hostname: string, port: number, log: Log) {
     using conn = await lazy.connect({ signal });
     const local = conn.localAddr;
     log(`${name}: connected from ${local.hostname}:${local.port}`);
-    if (++open === 2) {
-      log("both connections are open");
-      bothOpen.resolve();
-    }
+    if (++open === 2) bothOpen.resolve();
     await bothOpen.promise;
     await sendRequest();
     const response = await new Response(conn.readable).bytes();
-    log(`${name}: Got ${response.length} bytes`);
+    log(`${name}: got ${response.length} bytes`);
   }
 
-  /** Needs no parameter: it gets the connection of the task that calls it. */
+  /** Needs no parameter: it gets the socket of the task that calls it. */
   async function sendRequest() {
     const conn = await lazy.get();
     const request = `GET /index.html HTTP/1.0\r\nHost: ${hostname}\r\n\r\n`;
     await conn.write(new TextEncoder().encode(request));
   }
 
-  await Promise.all([
-    lazy.run(fetchIndex, "task 1"),
-    lazy.run(fetchIndex, "task 2"),
-  ]);
+  const tasks = ["task 1", "task 2"];
+  const fetches = tasks.map((name) => lazy.runNew(fetchIndex, name));
+  for (const result of await Promise.allSettled(fetches)) {
+    if (result.status === "rejected") throw result.reason;
+  }
 }
 
-/** Logs a second `connect()` in a task, and one that its signal cancels. */
+/** A second `connect()` in a task, and one that its signal cancels. */
 async function refuseAndCancel(hostname: string, port: number, log: Log) {
   await using lazy = new LazyConnection({ hostname, port });
   const controller = new AbortController();
-  const first = lazy.connect(controller);
-  const second = lazy.connect();
-  controller.abort();
-  await second.catch((error) =>
-    log(`a second connect() in a task: ${error.name}`)
-  );
-  await first.catch((error) =>
-    log(`a connect() that its signal cancels: ${error.name}`)
-  );
+  const { signal } = controller;
+  await lazy.runNew(async () => {
+    const first = lazy.connect({ signal });
+    await lazy.connect().catch((error) =>
+      log(`a second connect() in a task is refused: ${error.name}`)
+    );
+    controller.abort();
+    await first.catch((error) =>
+      log(`a connect() whose signal aborts is cancelled: ${error.name}`)
+    );
+  });
 }
 
-/** Logs what an opener does with a transaction as its task ends. */
+/** What is stored by tasks of two functions, over a database of a few lines. */
 async function commitAndRollBack(log: Log) {
-  type Client = { query(sql: string): void };
-  const sent: string[] = [];
-  await using lazy = new LazyConnection<Client>(async (lend) => {
-    const client = { query: (sql: string) => void sent.push(sql) };
-    client.query("BEGIN");
-    try {
-      await lend(client);
-    } catch (error) {
-      client.query("ROLLBACK");
-      throw error;
-    }
-    client.query("COMMIT");
+  const stored: string[] = [];
+  await using lazy = new LazyConnection<string[]>(async (lend) => {
+    const rows: string[] = [];
+    await lend(rows); // rejects if the task fails
+    stored.push(...rows);
   });
 
-  async function insert(error?: Error) {
-    const client = await lazy.get();
-    client.query("INSERT");
-    if (error) throw error;
-  }
+  const insert = (row: string) =>
+    lazy.run(async () => {
+      const rows = await lazy.get();
+      rows.push(row);
+    });
+  const debit = () => insert("debit");
+  const credit = (works: boolean) =>
+    lazy.run(async () => {
+      await insert("credit");
+      if (!works) throw new Error("no such account");
+    });
+  const transfer = (works: boolean) =>
+    lazy.run(async () => {
+      await debit();
+      await credit(works);
+    });
+  const report = (what: string) =>
+    log(`${what}: ${stored.splice(0).join(" and ") || "nothing"} stored`);
 
-  await lazy.run(insert);
-  log(`a task that succeeds: ${sent.splice(0).join(", ")}`);
-  await lazy.run(insert, new Error("no")).catch(() => {});
-  log(`a task that fails: ${sent.splice(0).join(", ")}`);
+  await transfer(true);
+  report("a task of two functions commits");
+  await transfer(false).catch(() => {});
+  report("a task whose second function fails rolls back");
+  const audited = lazy.runNew(async () => {
+    await lazy.runNew(insert, "audit");
+    await transfer(false);
+  });
+  await audited.catch(() => {});
+  report("a runNew() inside a task that fails is kept");
 }
 
 /** Runs the demo as the command line says. */
