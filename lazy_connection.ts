@@ -1,16 +1,16 @@
 // Copyright 2026 the LazyConnection authors. MIT license.
 
-// How it works: `runNew()` makes a Task and keeps it in an AsyncLocalStorage. The
-// first `get()` in it makes a Loan, which is one call of the opener: an attempt
-// to connect, then the connection that the task has. A loan has three promises:
+// How it works: `runNew()` makes a Task, and an AsyncLocalStorage finds it again
+// from all code that the task starts, even after it has ended. `run()` inside a
+// task makes none. `get()` and `connect()` make a Loan where the task has none. A
+// loan is one call of the opener, and has a promise for each who waits:
 //
-// | promise | who waits for it      | how it settles                             |
-// | ------- | --------------------- | ------------------------------------------ |
-// | opened  | `get()`, `connect()`  | with what the opener lends, or why it can't |
-// | outcome | the opener, `lend()`  | as the task does, once the task ends       |
-// | closed  | `runNew()`, disposal  | once the opener is done                    |
-//
-// A call of `run()` inside a task makes no Task: it is a part of the one there is.
+// | promise | for                  | settles                                      |
+// | ------- | -------------------- | -------------------------------------------- |
+// | opened  | `get()`, `connect()` | when the opener lends, or the attempt fails  |
+// | outcome | the opener           | when the task ends, as it does; or earlier,  |
+// |         |                      | when the connection is closed or taken away  |
+// | closed  | `runNew()`           | when the opener has settled                  |
 
 import { AsyncLocalStorage } from "node:async_hooks";
 
@@ -22,12 +22,12 @@ const { AlreadyExists, BadResource, Busy, NotConnected } = Deno.errors;
  * A *task* is a call of `runNew()`, or of `run()` outside of any task, with
  * everything that the call starts. A call of `run()` inside a task is a *part*
  * of it. The first `get()` in a task has an *opener* open a connection and
- * *lend* it to the task. When the task ends, the opener learns whether it
- * succeeded, and closes the connection.
+ * *lend* it to the task, which gets a *stand-in* for it. When the task ends, the
+ * opener learns whether it succeeded, and closes the connection.
  *
- * A `LazyConnection` that is made from the options of `Deno.connect` opens
- * sockets. A block can open one with `connect()`, and closing a socket frees
- * its task to open another.
+ * A `LazyConnection` that is made from the options of `Deno.connect` lends
+ * sockets, as they are. `connect()` opens one for a `using` block, and a task
+ * whose socket is closed can open another.
  *
  * @example Two tasks, two connections
  * ```ts
@@ -51,19 +51,19 @@ const { AlreadyExists, BadResource, Busy, NotConnected } = Deno.errors;
 export class LazyConnection<C extends object = Deno.TcpConn>
   implements AsyncDisposable {
   readonly #opener: Opener<C>;
-  /** Whether it is made from options, so that its opener lends sockets. */
+  /** Whether it is made from options, so that it lends sockets. */
   readonly #sockets: boolean = false;
   /** The signal of the options. */
   readonly #signal: AbortSignal | undefined;
   readonly #tasks = new AsyncLocalStorage<Task>();
-  /** Stands for all code outside of any task. It never ends. */
+  /** Stands in for a task where there is none. It never ends. */
   readonly #outside = new Task();
-  /** The loans whose openers are not done. */
+  /** The loans whose openers have not settled. */
   readonly #loans = new Set<Loan>();
-  /** What openers have lent: nothing may be lent to two tasks at once. */
+  /** What tasks have, other than sockets: nothing is lent to two at once. */
   readonly #lent = new Set<object>();
   #disposed = false;
-  /** What disposal waits for: that no loans are left. */
+  /** Resolves, once it is disposed of, when no loans are left. */
   readonly #idle = Promise.withResolvers<void>();
 
   /**
@@ -101,14 +101,15 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     const { signal, ...options }: Deno.ConnectOptions = target;
     this.#sockets = true;
     this.#signal = signal;
-    this.#opener = async (lend, signal) => {
-      // Deno.connect() calls this last. If it threw, a socket that opened just
-      // as the signal aborted would be lost; lend() rejects instead.
-      signal.throwIfAborted = () => {};
-      const conn = await Deno.connect({ ...options, signal });
+    this.#opener = async (lend, attempt) => {
+      // Deno.connect() calls this as its last step. If it threw there, a socket
+      // that opened just as the attempt was cancelled would be lost. lend()
+      // rejects instead
+      attempt.throwIfAborted = () => {};
+      const conn = await Deno.connect({ ...options, signal: attempt });
       try {
-        await lend(conn as object as C); // so says the type of `target`
-      } finally { // `using` would take 0.25 µs more (deno task ratios)
+        await lend(conn as object as C); // options are taken only for such a C
+      } finally { // `using` takes 0.25 µs more
         conn[Symbol.dispose]();
       }
     };
@@ -118,14 +119,14 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * Calls a function as a part of the current task or, outside of any, as a
    * task of its own.
    *
-   * Wrap each function that needs the connection in it. Then functions can call
-   * each other, and all that they do is one transaction. If the function of a
-   * part throws, the whole task fails, even if the caller catches the error:
-   * half of the work must not be committed. For the same reason, a task fails
-   * if one of its parts is still pending when its own function resolves.
+   * Wrap every function that needs the connection in `run()`. They can then
+   * call each other within one transaction. If a part throws, the whole task
+   * fails, even if the caller catches the error: half of the work must not be
+   * committed. For the same reason, a task fails if one of its parts is still
+   * pending when its own function resolves.
    *
-   * A part has succeeded when its promise resolves, but nothing is committed
-   * before the task ends.
+   * When the promise of a part resolves, nothing is committed yet. That happens
+   * when the task ends.
    *
    * @example Two functions, one transaction
    * ```ts
@@ -172,7 +173,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * @throws {unknown} Whatever the function fails with. Outside of any task,
    * whatever else `runNew()` throws.
    * @throws {Deno.errors.BadResource} If the task has ended.
-   * @throws {TypeError} If the function returns a generator.
+   * @throws {TypeError} If the function returns a generator, whose body would
+   * run outside of the task.
    */
   run<A extends unknown[], R>(
     callback: (...args: A) => R,
@@ -185,21 +187,22 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   /**
    * Calls a function as a task of its own, wherever it is called.
    *
-   * Begin with it whatever is independent of what runs around it: a request, a
-   * job, a timer, an item of a queue. Inside another task, it is committed or
-   * rolled back by itself, whatever becomes of the outer task. There, it takes
-   * a second connection: it waits for ever where the outer task holds the last
-   * one of a pool, or has locked the row that it needs.
+   * Use it for work that is independent of the code around it: a request, a
+   * job, a timer, an item of a queue. Inside another task, it commits or rolls
+   * back by itself, whatever becomes of the outer task. There it takes a second
+   * connection, and deadlocks if the outer task holds the last one of the pool,
+   * or a lock that it needs.
    *
    * The task ends when the function's promise settles. An opener that has lent
-   * to it then commits or rolls back, and `runNew()` waits until it is done. If
-   * the opener fails, such as by a refused COMMIT, so does `runNew()`. An
+   * to it then commits or rolls back, and `runNew()` waits until the opener has
+   * settled. If it fails, such as by a refused COMMIT, so does `runNew()`. An
    * attempt to connect that is still going on is cancelled.
    *
-   * To roll back, throw. A function that returns succeeds, whatever it returns.
-   * Nothing that outlives the task can use its connection, so await all that
-   * you start. A timeout goes inside: `runNew(() => deadline(work(), 1_000))`.
-   * Around `runNew()`, it would reject, but the task would go on and commit.
+   * To roll back, throw. A response that is returned commits, whatever its
+   * status. Nothing that outlives the task can use its connection, so await
+   * everything that you start. A timeout goes inside:
+   * `runNew(() => deadline(work(), 1_000))`. Around `runNew()`, it would
+   * reject, but the task would go on, and commit.
    *
    * @example A task inside a task
    * ```ts
@@ -241,10 +244,10 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * error, `error` the opener's.
    * @throws {Deno.errors.BadResource} If the `LazyConnection` has been disposed
    * of: before the call, and the function is not called; or later, while the
-   * task had a connection.
+   * task had a connection, and the function resolves.
    * @throws {TypeError} If a part of the task is pending when the function
    * resolves, if the function returns a generator, or if the opener does not
-   * await `lend()`.
+   * wait for `lend()`.
    */
   async runNew<A extends unknown[], R>(
     callback: (...args: A) => R,
@@ -252,7 +255,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   ): Promise<Awaited<R>> {
     if (this.#disposed) throw disposedError("start a task");
     const task = new Task();
-    // A thenable, such as a query that runs once it is awaited, runs in the task
+    // Promise.resolve() is called inside, so that a thenable, such as a query
+    // that is sent once it is awaited, is awaited in the task
     const call = () => Promise.resolve(callback(...args));
     let result!: Awaited<R>; // read only if nothing failed
     let failure: Failure;
@@ -262,16 +266,17 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     } catch (error) {
       failure = { error };
     }
-    const { loan } = task; // which the end of the task lets go of
+    const { loan } = task; // before end() lets go of it
     task.end(failure);
+    // The opener of a cancelled attempt, which has no outcome, is not waited for
     if (loan?.outcome) failure = both(failure, await loan.closed);
     if (failure) throw failure.error;
     return result;
   }
 
   /**
-   * Gets the task's connection: the one that it has, else the one that is being
-   * opened, whoever began that, else a new one.
+   * Gets the task's connection: the one that it has, the one that is being
+   * opened, or a new one.
    *
    * All calls in a task, however deep and however many at once, get the same
    * connection. So call it where you need it, and keep no connection in a
@@ -318,31 +323,32 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * @throws {Deno.errors.Busy} If the opener lends another task's connection.
    * @throws {Deno.errors.NotConnected} Outside of any task, if `connect()` has
    * opened nothing there.
-   * @throws {TypeError} If the opener is done without having lent a connection,
+   * @throws {TypeError} If the opener settles without having lent a connection,
    * or before the task has ended.
    */
   get(): Promise<C> {
     const task = this.#tasks.getStore() ?? this.#outside;
     const refusal = this.#refusal(task, "get a connection");
-    if (refusal) return rejected(refusal.error);
+    if (refusal) return rejectedQuietly(refusal.error);
     if (task.loan) return task.loan.opened.promise as Promise<C>; // only a C is lent
     if (task === this.#outside) {
       const message =
-        "Cannot get a connection: there is no task, call runNew() for a request, or run() for a function";
+        "Cannot get a connection: there is no task; call runNew() for a request, or run() for a function";
       return Promise.reject(new NotConnected(message));
     }
     return this.#borrow(task) as Promise<C>; // only a C is lent
   }
 
   /**
-   * Opens a socket for a block, inside or outside of a task. It is for a
-   * `LazyConnection` that is made from the options of `Deno.connect`.
+   * Opens a socket for a `using` block, inside or outside of a task. It is for
+   * a `LazyConnection` that is made from the options of `Deno.connect`.
    *
-   * The end of the block disposes of the socket, which closes it. Its `close()`
-   * does, too. Both free the task to open another.
+   * The socket is closed at the end of the block, when it is disposed of, or
+   * earlier by its `close()`. The task can then open another. After the end of
+   * its `readable` or `writable`, the socket is still to be disposed of.
    *
-   * What an opener lends is for `get()`: the end of a block does not tell
-   * whether the block succeeded, so the opener could not commit.
+   * With an opener, use `get()`: the end of a block does not tell whether the
+   * block succeeded, so the opener could not commit.
    *
    * @example Usage
    * ```ts
@@ -378,8 +384,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * one is being opened. Outside of any task, likewise.
    * @throws {Deno.errors.BadResource} If the task has ended or the
    * `LazyConnection` has been disposed of, before the call or during it.
-   * @throws {TypeError} If the `LazyConnection` has an opener, or if `signal`
-   * is invalid.
+   * @throws {TypeError} If the `LazyConnection` is made from an opener, or if
+   * `signal` is invalid.
    */
   connect(
     this: LazyConnection<Deno.TcpConn>,
@@ -387,99 +393,103 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   ): Promise<Deno.TcpConn> {
     const task = this.#tasks.getStore() ?? this.#outside;
     const refusal = this.#refusal(task, "connect");
-    if (refusal) return rejected(refusal.error);
+    if (refusal) return rejectedQuietly(refusal.error);
     if (!this.#sockets) {
-      const message = "Cannot connect: there is an opener, call get()";
+      const message = "Cannot connect: it is made from an opener; call get()";
       return Promise.reject(new TypeError(message));
     }
     if (task.loan) {
       const message =
-        "Cannot connect: already connected or connecting, close that socket first, or connect in runNew()";
+        "Cannot connect: already connected or connecting; close that socket first, or connect in runNew()";
       return Promise.reject(new AlreadyExists(message));
     }
-    // A LazyConnection of sockets lends nothing else
+    // Only sockets are lent
     return this.#borrow(task, signal) as Promise<Deno.TcpConn>;
   }
 
-  /** Why the task gets no connection, if so. */
+  /** The reason to refuse the task a connection, if there is one. */
   #refusal(task: Task, act: string): Failure {
     if (task.ended) return { error: endedError(act) };
     if (this.#disposed) return { error: disposedError(act) };
-    return task.loan?.failure;
+    return task.loan?.failure; // its connection has been taken away
   }
 
   /** Has the opener open a connection for the task. */
   #borrow(task: Task, signal?: AbortSignal): Promise<object> {
+    // Before the opener is called, which may fail or call back in at once
     const loan = task.loan = new Loan(task);
     this.#loans.add(loan);
     loan.closed = this.#callOpener(loan, signal);
     return loan.opened.promise;
   }
 
-  /** Calls the opener, and resolves to what it fails with in closing. */
+  /** Calls the opener. See `Loan.settle()` for what it resolves to. */
   async #callOpener(loan: Loan, signal?: AbortSignal): Promise<Failure> {
     let failure: Failure;
-    let cancelling: AbortSignal | undefined;
-    const cancel = () => loan.cancel(cancelling?.reason);
+    let canceller: AbortSignal | undefined;
+    const onAbort = () => loan.cancel(canceller?.reason);
     try {
       if (signal !== undefined || this.#signal !== undefined) {
         const signals = [signal, this.#signal].filter((it) => it !== undefined);
         // Not the signals themselves: an EventTarget searches all its listeners
         // whenever one is added or removed, and many attempts may share a signal
-        cancelling = AbortSignal.any(signals);
-        cancelling.throwIfAborted();
-        cancelling.addEventListener("abort", cancel);
+        canceller = AbortSignal.any(signals);
+        canceller.throwIfAborted();
+        canceller.addEventListener("abort", onAbort);
       }
       const lend = (connection: C) => this.#lend(loan, connection);
-      const opener = this.#opener; // a function of its own, without `this`
+      const opener = this.#opener; // so that it is called without `this`
       await opener(lend, loan.attempt.signal);
     } catch (error) {
       failure = { error };
     }
-    cancelling?.removeEventListener("abort", cancel);
+    canceller?.removeEventListener("abort", onAbort);
     this.#loans.delete(loan);
     if (this.#disposed && this.#loans.size === 0) this.#idle.resolve();
-    return loan.finish(failure);
+    return loan.settle(failure);
   }
 
+  /** Lends what an opener has opened, or says why it can't. */
   #lend(loan: Loan, connection: C): Promise<void> {
     const { failure, outcome, state } = loan;
     if (outcome) {
       const message =
-        "Cannot lend: the opener has lent already, retry around runNew()";
+        "Cannot lend: the opener has lent already; retry around runNew()";
       const cause = failure && { cause: failure.error };
-      return rejected(new TypeError(message, cause));
+      return rejectedQuietly(new TypeError(message, cause));
     }
-    if (state === "ended") return rejected(failure?.error);
-    // A promise that resolves to a thenable would resolve to what that gives
+    if (state === "ended") return rejectedQuietly(failure?.error);
+    // A thenable would be unwrapped where it resolves a promise
     if (Object(connection) !== connection || "then" in connection) {
       const message =
         "Cannot lend: the connection must be an object, and no promise";
-      return rejected(new TypeError(message));
+      return rejectedQuietly(new TypeError(message));
     }
-    // A LazyConnection of sockets lends nothing else
     if (this.#sockets) {
-      return loan.lend(freeing(connection as object as Deno.TcpConn, loan));
+      const socket = connection as object as Deno.TcpConn; // only those are lent
+      return loan.lend(freeOnClose(socket, loan));
     }
     if (this.#lent.has(connection)) {
       const message = "Cannot lend: another task has this connection";
-      return rejected(new Busy(message));
+      return rejectedQuietly(new Busy(message));
     }
     this.#lent.add(connection);
-    const lent = loan.lend(standIn(connection, loan));
-    const free = () => this.#lent.delete(connection);
-    lent.then(free, free); // before the opener goes on, which may hand it on
-    return lent;
+    const returned = loan.lend(standIn(connection, loan));
+    const release = () => this.#lent.delete(connection);
+    // This comes before the opener goes on, which may hand the connection on. It
+    // also handles a rejection that the opener does not wait for
+    returned.then(release, release);
+    return returned;
   }
 
   /**
    * Takes every connection from its task, so that openers roll back and close,
-   * cancels every attempt to connect, and refuses whatever comes later. It
-   * waits for all openers, but not for tasks to end.
+   * cancels every attempt to connect, and refuses tasks and connections from
+   * then on. It waits for all openers, but not for tasks to end.
    *
-   * A task that had a connection fails with a `Deno.errors.BadResource`, even
-   * if its function succeeds: what was not committed is no success. If closing
-   * fails, `runNew()` rejects with that as well.
+   * A task that had a connection fails even if its function resolves, then with
+   * a `Deno.errors.BadResource`: what was not committed is no success. If its
+   * opener fails while it closes, `runNew()` rejects with that as well.
    *
    * @example Usage
    * ```ts
@@ -500,14 +510,12 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    */
   async [Symbol.asyncDispose](): Promise<void> {
     this.#disposed = true;
-    if (this.#loans.size === 0) return;
-    const error = disposedError("use the connection");
     for (const loan of this.#loans) {
-      loan.cancel(error);
-      loan.end({ error });
+      if (loan.state === "opening") loan.cancel(disposedError("connect"));
+      else loan.end({ error: disposedError("use the connection") });
     }
-    this.#outside.loan = undefined; // which has no end that would let go of it
-    await this.#idle.promise;
+    this.#outside.loan = undefined; // end() lets go of it in other tasks
+    if (this.#loans.size > 0) await this.#idle.promise;
   }
 }
 
@@ -515,37 +523,39 @@ export class LazyConnection<C extends object = Deno.TcpConn>
  * Opens a connection, lends it to the task that asked for it, and closes it.
  *
  * `await lend(connection)` takes as long as the task has the connection. It
- * resolves if the task succeeded, and rejects with the task's error if it
- * failed. So an opener commits after it, rolls back in a `catch`, which throws
- * the error again, and closes in a `finally`. The task itself does none of
- * these. Any `db.transaction(callback)`-style function works as an opener.
+ * resolves if the task succeeds, and rejects with the task's error if it fails.
+ * So an opener commits after it, rolls back in a `catch`, which throws the error
+ * again, and closes in a `finally`. The task itself does none of these. Any
+ * `db.transaction(callback)`-style function works as an opener.
  *
  * The opener is called inside the task, once for each attempt to connect. If it
  * fails before it lends, the attempt rejects with its error. If it fails later,
- * the task does. In the opener,
+ * the task does. Inside an opener:
  *
- * - wait for `lend()` to the end: after `deadline(lend(client), 5_000)`, the
- *   task would go on beside the ROLLBACK. A timeout goes around what runs inside
- *   the task;
- * - do not wait for `get()` of the same `LazyConnection`, which waits for the
- *   opener, nor for its disposal, which does so, too;
- * - call `runNew()` where it needs a connection after the task has ended, such
- *   as after COMMIT: `run()` is refused there.
+ * - Always wait for `lend()` to settle. After `deadline(lend(client), 5_000)`,
+ *   the task would go on beside the ROLLBACK. A timeout belongs around the work,
+ *   inside the task: `runNew(() => deadline(work(), 5_000))`.
+ * - Do not wait for `get()` of the same `LazyConnection`, nor for its disposal:
+ *   both wait for the opener.
+ * - Once the task has ended, such as after COMMIT, `run()` is refused. Call
+ *   `runNew()`.
  *
- * The task gets a *stand-in* for the connection: a `Proxy`, which works like
- * the connection until the task ends. After that, reading from it, writing to
- * it and calling it throw a `Deno.errors.BadResource`, so that nobody writes
- * into somebody else's transaction. Even an asynchronous method throws then,
- * before it returns a promise.
+ * The *stand-in* that the task gets is a `Proxy`. It works like the connection
+ * until the task ends. From then on, reading a property of it, assigning to one
+ * and calling a method throw a `Deno.errors.BadResource`, so that nobody writes
+ * into somebody else's transaction. Even an asynchronous method throws, before
+ * it returns a promise.
  *
  * - What the connection gives, such as a builder, a prepared statement, a
- *   cursor or a stream, is no stand-in, and a query that has been sent goes on.
- * - Each task has another stand-in. What is set up once for each client, such
+ *   cursor or a stream, is not guarded, and a query that has been sent goes on.
+ * - Only its opener closes the connection: `using` throws a `TypeError` at the
+ *   head of its block.
+ * - Each task gets its own stand-in. What is set up once for each client, such
  *   as a listener, is set up in the opener.
- * - What needs the very object refuses a stand-in, such as `backup()` of
- *   `node:sqlite`, or fails late, such as a stream that is piped into it. For
- *   that, lend `Object.freeze({ client })`, which gives `client` as it is,
- *   without a guard.
+ * - APIs that need the actual object, such as `backup()` of `node:sqlite`,
+ *   reject a stand-in, and a stream that is piped into one fails late. For
+ *   these, lend `Object.freeze({ client })`: it gives `client` as it is, so that
+ *   nothing of it is guarded.
  * - A method that the task patches must be put back before the task ends.
  *
  * @example A transaction for each task
@@ -586,12 +596,13 @@ export class LazyConnection<C extends object = Deno.TcpConn>
  * @param lend Lends the connection. It never throws. It rejects with a
  * `Deno.errors.Busy` if the same `LazyConnection` has lent the connection to
  * another task, and with a `TypeError` if the connection is not an object, or
- * is a promise; then nothing is lent, and the opener may lend another. If it is
+ * is a promise; then nothing is lent, and the opener may lend another. It
+ * rejects with the signal's `reason` if the attempt was cancelled. If it is
  * called again after it has lent, it rejects with a `TypeError`, whose `cause`
  * is the task's error, if any.
  * @param signal Aborts when the attempt is cancelled, and never once the
- * connection is lent. A cancelled attempt rejects at once. Nobody hears of what
- * its opener does after that, but disposal waits for it.
+ * connection is lent. A cancelled attempt rejects at once. Whatever its opener
+ * does then is ignored, but disposal waits for it.
  * @returns A promise that settles when the connection is closed.
  */
 export type Opener<C extends object> = (
@@ -604,14 +615,14 @@ type Failure = { readonly error: unknown } | undefined;
 
 type Method = (...args: unknown[]) => unknown;
 
-/** A call of `runNew()`, or all code outside of any. */
+/** A call of `runNew()`. One more stands in where there is no task. */
 class Task {
   ended = false;
   /** Its attempt to connect, then its connection. */
   loan: Loan | undefined;
   /** Its pending parts, once it has had one. */
   parts: Part[] | undefined;
-  /** What a part failed with: half of the work must not be committed. */
+  /** What a part failed with: the task fails even if that was caught. */
   partFailure: Failure;
 
   /** Calls a function as a part of the task. */
@@ -629,8 +640,7 @@ class Task {
       // The last failure counts, as it may translate an earlier one
       if (!this.ended) this.partFailure = { error };
       throw error;
-    } finally {
-      // The last one takes its place. A Set would take longer (deno task ratios)
+    } finally { // moves the last part to its place, as a Set takes longer
       const last = parts.pop()!;
       if (last !== part) {
         parts[part.index] = last;
@@ -639,34 +649,34 @@ class Task {
     }
   }
 
-  /** Throws what makes the task fail although its function has succeeded. */
+  /** Throws if the task must fail although its function has resolved. */
   check(): void {
     if (this.partFailure) {
       const message =
-        "Cannot complete the task: a part of it failed although its error was caught, call what may fail alone without run(), or in runNew()";
+        "Cannot complete the task: a part of it failed, although its error was caught; call what may fail alone outside of run(), or in runNew()";
       throw new Error(message, { cause: this.partFailure.error });
     }
     if (this.loan?.failure) throw this.loan.failure.error;
     if (!this.parts?.length) return;
-    const names = this.parts.map(({ callback }) => callback.name as unknown);
+    const names = this.parts.map(({ callback }) => callback.name);
     const name = names.find((name) => name && typeof name === "string");
     const part = name ? `its part "${name}"` : "a part of it";
     const message =
-      `Cannot complete the task: ${part} is pending, await each run()`;
+      `Cannot complete the task: ${part} is pending; await each run()`;
     throw new TypeError(message);
   }
 
-  /** Ends the task, and lets go of what nobody needs who outlives it. */
+  /** Ends the task, and lets go of what its context would keep alive. */
   end(failure: Failure): void {
     const { loan } = this;
-    this.ended = true;
+    this.ended = true; // before a signal aborts, whose listeners may call in
     this.loan = this.parts = this.partFailure = undefined;
     if (loan?.state === "opening") loan.cancel(endedError("connect"));
     else loan?.end(failure);
   }
 }
 
-/** A part that is pending, and where it stands among those of its task. */
+/** A part that is pending, and where it is in the list of its task. */
 interface Part {
   readonly callback: { readonly name: unknown };
   index: number;
@@ -675,26 +685,26 @@ interface Part {
 /**
  * A call of the opener: an attempt to connect, then a connection that is lent.
  *
- * It is not generic, and neither is `Task`: with a `C` that goes in and comes
- * out, a `LazyConnection<Deno.TcpConn>` would be no
- * `LazyConnection<Disposable>`.
+ * It is not generic, and neither is `Task`: a `LazyConnection<Deno.TcpConn>`
+ * would be no `LazyConnection<Disposable>`.
  */
 class Loan {
+  /** As long as it has not ended, it is the loan of its task. */
   state: "opening" | "lent" | "ended" = "opening";
   /** Why it has ended, unless its task succeeded or closed its socket. */
   failure: Failure;
-  /** What `get()` and `connect()` return. */
+  /** Settles what `get()` and `connect()` return. */
   readonly opened = Promise.withResolvers<object>();
-  /** What `lend()` returns, once it has lent. */
+  /** Settles what `lend()` returns. There is one once it has lent. */
   outcome: PromiseWithResolvers<void> | undefined;
-  /** Resolves when the opener is done, to what it failed with in closing. */
+  /** Resolves when the opener has settled, to what `settle()` returns. */
   closed: Promise<Failure> | undefined;
   /** Has the signal that the opener is called with. */
   readonly attempt = new AbortController();
 
   constructor(readonly task: Task) {}
 
-  /** Gives the task what it gets: the stand-in, or the socket. */
+  /** Gives the task a stand-in or a socket. */
   lend(given: object): Promise<void> {
     this.state = "lent";
     this.outcome = Promise.withResolvers<void>();
@@ -702,43 +712,45 @@ class Loan {
     return this.outcome.promise;
   }
 
-  /** Rejects an attempt, and leaves its task free to try again. */
+  /** Rejects an attempt. The task can try again. */
   reject(error: unknown): void {
     this.state = "ended";
     this.failure = { error };
     this.task.loan = undefined;
-    this.opened.promise.catch(() => {}); // nobody may await it yet
+    this.opened.promise.catch(() => {}); // it may have no other handler yet
     this.opened.reject(error);
   }
 
-  /** Rejects an attempt whose opener is not done, and tells the opener. */
+  /** Rejects an attempt, if it still is one, and tells the opener. */
   cancel(reason: unknown): void {
     if (this.state !== "opening") return;
-    this.reject(reason);
+    this.reject(reason); // before a signal aborts, whose listeners may call in
     this.attempt.abort(reason);
   }
 
-  /** Ends what is lent: takes it from the task, and tells the opener how it went. */
+  /** Ends what is lent, if it still is, and tells the opener how it went. */
   end(failure?: Failure): void {
     if (this.state !== "lent") return;
     this.state = "ended";
     this.failure = failure;
-    // A task that fails keeps its loan to the end, so that it gets no other
-    if (!failure) this.task.loan = undefined;
-    if (failure) this.outcome!.reject(failure.error);
-    else this.outcome!.resolve();
+    if (failure) { // a task that goes on keeps it, so that it gets no other
+      this.outcome!.reject(failure.error);
+    } else {
+      this.task.loan = undefined;
+      this.outcome!.resolve();
+    }
   }
 
-  /** Ends with the opener, and returns what that failed with in closing. */
-  finish(failure: Failure): Failure {
+  /** Ends with the opener, and returns what that failed with by itself. */
+  settle(failure: Failure): Failure {
     if (this.state === "opening") {
       const message =
-        "Cannot connect: the opener is done and has lent nothing, it must `await lend(connection)`";
+        "Cannot connect: the opener has settled, and has lent nothing; it must `await lend(connection)`";
       failure ??= { error: new TypeError(message) };
       this.reject(failure.error);
     } else if (this.state === "lent") {
       const message =
-        "Cannot use the connection: its opener was done before the task, it must `await lend(connection)`";
+        "Cannot use the connection: its opener has settled before the task; it must `await lend(connection)`";
       failure ??= { error: new TypeError(message) };
       this.end(failure);
     } else if (this.failure && this.failure.error === failure?.error) {
@@ -754,11 +766,11 @@ class Loan {
   }
 }
 
-/** Has each way to close a socket free its task. */
-function freeing(socket: Deno.TcpConn, loan: Loan): Deno.TcpConn {
+/** Has a socket free its task when it is closed or disposed of. */
+function freeOnClose(socket: Deno.TcpConn, loan: Loan): Deno.TcpConn {
   const { close, [Symbol.dispose]: dispose } = socket;
   socket.close = () => {
-    loan.end();
+    loan.end(); // even if close() throws
     close.call(socket);
   };
   socket[Symbol.dispose] = () => {
@@ -768,13 +780,14 @@ function freeing(socket: Deno.TcpConn, loan: Loan): Deno.TcpConn {
   return socket;
 }
 
-/** The connections' own methods, by the guarded ones that stand-ins give. */
-const originals = new WeakMap<object, object>();
+/** The methods of connections, by the guards that stand-ins give for them. */
+const methods = new WeakMap<object, object>();
 
-/** Makes what works as the connection does, as long as its task has it. */
+/** Makes what works like the connection as long as its task has it. */
 function standIn(connection: object, loan: Loan): object {
+  /** What it gives for methods of the connection. */
   const guards = new WeakMap<object, object>();
-  // On the connection itself, a method can use its private fields
+  // A method needs the connection as `this` to use its private fields
   const unwrap = <T>(self: T) => self === proxy ? connection : self;
 
   /** Calls the connection, or a method of it. */
@@ -790,37 +803,38 @@ function standIn(connection: object, loan: Loan): object {
         "Cannot dispose of the connection: its opener closes it when the task ends",
       );
     }
-    // A promise that resolves to it asks for the one, console.log for the other
+    // What resolves a promise is asked for `then`, and what is logged for its tag
     if (key !== "then" && key !== Symbol.toStringTag) loan.check();
     const value: unknown = Reflect.get(connection, key, unwrap(receiver));
     const isMethod = typeof value === "function" && key !== "constructor";
     if (!isMethod && value !== connection) return value;
     const own = Reflect.getOwnPropertyDescriptor(connection, key);
-    if (own?.writable === false && !own.configurable) return value; // must be
+    // A Proxy must give a frozen property as it is
+    if (own?.writable === false && !own.configurable) return value;
     if (!isMethod || value === connection) return proxy;
-    let guarded = guards.get(value);
-    if (!guarded) {
-      guarded = new Proxy(value, { apply });
-      guards.set(value, guarded);
-      originals.set(guarded, value);
+    let guard = guards.get(value);
+    if (!guard) {
+      guard = new Proxy(value, { apply });
+      guards.set(value, guard);
+      methods.set(guard, value);
     }
-    return guarded;
+    return guard;
   }
 
   function set(_: object, key: PropertyKey, value: unknown, receiver: object) {
     loan.check();
-    // A patched method that is put back must not fail when this task has ended.
-    // WeakMap.get() takes any value, although its type does not
-    const raw = originals.get(value as object) ?? unwrap(value);
+    // If a task patches a method and puts it back, it puts back the guard, which
+    // would refuse the next task. get() takes any value, although its type does not
+    const raw = methods.get(value as object) ?? unwrap(value);
     return Reflect.set(connection, key, raw, unwrap(receiver));
   }
 
-  // As if it were a function, which it may be
+  // Only a function can be called, which the connection may be
   const proxy: object = new Proxy(connection as Method, { apply, get, set });
   return proxy;
 }
 
-/** What a task fails with: its own failure and its opener's, unless one has both. */
+/** What a task fails with: its own failure and its opener's, or one that has both. */
 function both(own: Failure, opener: Failure): Failure {
   if (!own || !opener) return own ?? opener;
   if (has(opener.error, own.error)) return opener;
@@ -836,35 +850,39 @@ function has(error: unknown, other: unknown): boolean {
   return [error, cause, suppressed].includes(other);
 }
 
-/** Refuses a generator, whose body would run outside of the task or part. */
+/** Refuses a generator, or what its `map()` and the like give. */
 function noGenerator<T>(result: T): T {
   if (typeof result === "object") {
     const tag = Object.prototype.toString.call(result);
     if (/^\[object ((Async)?Generator|Iterator Helper)\]$/.test(tag)) {
       throw new TypeError(
-        "Cannot return a generator: its body would run outside of the task, iterate inside",
+        "Cannot return a generator: its body would run outside of the task; iterate inside",
       );
     }
   }
   return result;
 }
 
-/** The error of what can only be done before the task has ended. */
+/** The error for what is attempted after the task has ended. */
 function endedError(act: string): Error {
   return new BadResource(
-    `Cannot ${act}: the task's function settled before this, await all that it starts, or start another task with runNew()`,
+    `Cannot ${act}: the task's function has settled before this; await all that it starts, or start another task with runNew()`,
   );
 }
 
+/** The error for what is attempted, or taken away, after disposal. */
 function disposedError(act: string): Error {
   return new BadResource(
     `Cannot ${act}: the LazyConnection has been disposed of`,
   );
 }
 
-/** Rejects quietly. Wrong use, such as a second `connect()`, rejects aloud. */
-function rejected(error: unknown): Promise<never> {
+/**
+ * Rejects without ending the process if nobody awaits it. What is wrong at any
+ * time, such as a second `connect()`, rejects without this.
+ */
+function rejectedQuietly(error: unknown): Promise<never> {
   const promise = Promise.reject(error);
-  promise.catch(() => {}); // nobody may await it
+  promise.catch(() => {});
   return promise;
 }

@@ -20,8 +20,8 @@ import { LazyConnection, type Opener } from "./mod.ts";
 
 const { AlreadyExists, BadResource, Busy, NotConnected } = Deno.errors;
 const DISPOSED = "the LazyConnection has been disposed of";
-const ENDED = "the task's function settled before this, await all that it " +
-  "starts, or start another task with runNew()";
+const ENDED = "the task's function has settled before this; await all that " +
+  "it starts, or start another task with runNew()";
 
 /** A test that ends, and leaves nothing open and `Deno.connect` as it was. */
 function test(name: string, fn: (t: Deno.TestContext) => Promise<void>) {
@@ -243,8 +243,8 @@ test("LazyConnection.run() is a part of the task, or a task where there is none"
 });
 
 test("LazyConnection.run() fails the whole task with an error that says so, if its own was caught", async () => {
-  const message = "Cannot complete the task: a part of it failed although " +
-    "its error was caught, call what may fail alone without run(), or in " +
+  const message = "Cannot complete the task: a part of it failed, although " +
+    "its error was caught; call what may fail alone outside of run(), or in " +
     "runNew()";
   for (const error of [new Error("part"), undefined]) {
     const { lazy, calls } = driven();
@@ -307,7 +307,7 @@ test("LazyConnection.run() fails a task that ends before it has settled, and is 
       await Promise.race([loser, lazy.run(() => 1)]);
     });
     const message =
-      `Cannot complete the task: ${name} is pending, await each run()`;
+      `Cannot complete the task: ${name} is pending; await each run()`;
     const error = await assertRejects(() => run, TypeError);
     assertEquals(error.message, message);
     end.reject("late"); // which nobody but its caller hears
@@ -488,7 +488,7 @@ test("LazyConnection.runNew() and run() run a lazy thenable inside the task", as
 
 test("LazyConnection.runNew() and run() refuse a generator, whose body would run outside", async () => {
   const message = "Cannot return a generator: its body would run outside of " +
-    "the task, iterate inside";
+    "the task; iterate inside";
   const iterated: unknown[] = [];
   function* sync() {
     iterated.push(yield 1);
@@ -753,7 +753,7 @@ test("LazyConnection.get() opens one connection for all who ask", async () => {
 
 test("LazyConnection.get() gives outside of tasks the socket of connect(), and opens nothing", async () => {
   const { lazy, sockets } = ofSockets();
-  const message = "Cannot get a connection: there is no task, call runNew() " +
+  const message = "Cannot get a connection: there is no task; call runNew() " +
     "for a request, or run() for a function";
   await assertRejects(() => lazy.get(), NotConnected, message);
   assertEquals(sockets.length, 0);
@@ -919,7 +919,7 @@ test("LazyConnection.connect() keeps nothing of a socket that was closed outside
 
 test("LazyConnection.connect() rejects if there is a socket or one is being opened", async () => {
   const { lazy, sockets } = ofSockets();
-  const message = "Cannot connect: already connected or connecting, close " +
+  const message = "Cannot connect: already connected or connecting; close " +
     "that socket first, or connect in runNew()";
   const task = async (open: () => Promise<Deno.TcpConn>) => {
     const opening = open();
@@ -938,7 +938,7 @@ test("LazyConnection.connect() rejects if there is a socket or one is being open
 
 test("LazyConnection.connect() is refused with an opener, before anything is opened", async () => {
   const { lazy, calls } = driven<Deno.TcpConn>();
-  const message = "Cannot connect: there is an opener, call get()";
+  const message = "Cannot connect: it is made from an opener; call get()";
   await assertRejects(() => lazy.connect(), TypeError, message);
   await assertRejects(() => lazy.runNew(() => lazy.connect()), TypeError);
   assertEquals(calls.length, 0);
@@ -1125,7 +1125,7 @@ netTest(
   },
 );
 
-test("LazyConnection.connect() and get() abort no signal of an opener that has lent, or is done", async () => {
+test("LazyConnection.connect() and get() abort no signal of an opener that has lent or settled", async () => {
   const { lazy, calls } = driven();
   await lazy.runNew(async () => {
     const failed = lazy.get();
@@ -1332,7 +1332,7 @@ test("LazyConnection[Symbol.asyncDispose]() waits for the opener that calls it",
 test("Opener's lend() rejects the second time, with why the task failed", async () => {
   const error = new Error("40001");
   const message =
-    "Cannot lend: the opener has lent already, retry around runNew()";
+    "Cannot lend: the opener has lent already; retry around runNew()";
   const again: TypeError[] = [];
   const lazy = new LazyConnection<Fake>(async (lend) => {
     const fake = new Fake();
@@ -1453,11 +1453,11 @@ test("Opener may start a task of its own", async () => {
   assertEquals(depth, 3);
 });
 
-test("Opener that is done before the task fails it with one error", async (t) => {
+test("Opener that settles before the task fails it with one error", async (t) => {
   const error = new Error("server gone");
   const task = new Error("task");
   const wrapper = new Error("wrapper", { cause: error });
-  const done = "its opener was done before the task";
+  const done = "its opener has settled before the task";
   const cases: Record<string, [opener: unknown, own: unknown, got: unknown]> = {
     "by rejecting": [error, undefined, error],
     "by resolving": [undefined, undefined, TypeError],
@@ -1496,7 +1496,7 @@ test("Opener that is done before the task fails it with one error", async (t) =>
   }
 });
 
-test("Opener's lend() rejects with why the attempt failed once the opener is done", async () => {
+test("Opener's lend() rejects with why the attempt failed once the opener has settled", async () => {
   const { lazy, calls } = driven();
   await lazy.runNew(async () => {
     const get = lazy.get();
