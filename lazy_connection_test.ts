@@ -324,6 +324,7 @@ test("LazyConnection.run() names a part that is pending among others that have s
       return Object.defineProperty(part, "name", { value: `part ${i}` });
     });
     const run = lazy.runNew(async () => {
+      lazy.run(Object.defineProperty(() => never, "name", { value: "" }));
       for (const part of parts) lazy.run(part);
       await lazy.run(() => {});
       await delay(10);
@@ -697,11 +698,21 @@ test("LazyConnection.runNew() leaves nothing to who keeps the context of a task"
   const lazy = new LazyConnection<Fake>(opener);
   const makes: Record<string, () => object | Promise<object>> = {
     "its stand-in": () => lazy.get(),
+    "its stand-in, if it fails": async () => {
+      const part = lazy.run(throws(new Error("part")));
+      await part.catch(() => {});
+      return await lazy.get();
+    },
     "its result": () => ({}),
     "its error": () => throws(new Error("task"))(),
     "a part's error": async () => {
       const part = lazy.run(() => throws(new Error("part"))());
       return await reasonOf(part) as Error;
+    },
+    "the error of a part that fails late": () => {
+      const error = new Error("part");
+      lazy.run(() => flush().then(throws(error))).catch(() => {});
+      return error;
     },
     "the function of a pending part": () => {
       const part = () => new Promise(() => {});
@@ -942,6 +953,12 @@ test("LazyConnection.connect() is refused with an opener, before anything is ope
   await assertRejects(() => lazy.connect(), TypeError, message);
   await assertRejects(() => lazy.runNew(() => lazy.connect()), TypeError);
   assertEquals(calls.length, 0);
+  await lazy.runNew(async () => {
+    lazy.get(); // is being opened
+    await assertRejects(() => lazy.connect(), TypeError, message);
+  });
+  const inEnded = await endedTask(lazy);
+  await assertRejects(() => inEnded(() => lazy.connect()), BadResource, ENDED);
   const others = [
     // @ts-expect-error only a TcpConn can be what options give
     () => driven<AsyncDisposable>().lazy.connect(),
@@ -1158,6 +1175,32 @@ test("LazyConnection.get() has nobody hear of an opener that was cancelled and g
   await disposal;
 });
 
+test("LazyConnection.get() may be called by who listens to the opener's signal", async () => {
+  const again: Promise<Fake>[] = [];
+  const lazy = new LazyConnection<Fake>((_lend, signal) => {
+    const listener = AsyncLocalStorage.bind(() => again.push(lazy.get()));
+    if (again.length === 0) signal.addEventListener("abort", listener);
+    return new Promise(() => {}); // never answers
+  });
+  await lazy.runNew(() => void lazy.get());
+  await assertRejects(() => again[0]!, BadResource, ENDED);
+
+  const controller = new AbortController();
+  const { signal } = controller;
+  const sockets = new LazyConnection({ port: 1, signal });
+  let later: Promise<Deno.TcpConn> | undefined;
+  stubConnect((options) => {
+    options.signal!.addEventListener("abort", () => later ??= sockets.get());
+    return new Promise(() => {});
+  });
+  await sockets.runNew(async () => {
+    const first = sockets.get();
+    controller.abort("enough");
+    assertNotStrictEquals(later, first);
+    assertEquals(await reasonOf(later!), "enough");
+  });
+});
+
 test("LazyConnection.connect() leaves nothing at a signal that attempts share", async () => {
   const controller = new AbortController();
   const { signal } = controller;
@@ -1241,6 +1284,11 @@ test("LazyConnection[Symbol.asyncDispose]() leaves the task its own error", asyn
 
 test("LazyConnection[Symbol.asyncDispose]() cancels every attempt, and waits for all openers", async () => {
   const { lazy, calls } = driven();
+  await lazy.runNew(async () => { // after which there is nothing to wait for
+    const get = lazy.get();
+    calls[0]!.lend(new Fake()).then(calls.shift()!.resolve);
+    await get;
+  });
   const attempts = [1, 2].map(() => reasonOf(lazy.runNew(() => lazy.get())));
   const floating = lazy.runNew(() => {
     lazy.get(); // nobody awaits it, and the process goes on
@@ -1253,6 +1301,7 @@ test("LazyConnection[Symbol.asyncDispose]() cancels every attempt, and waits for
   assertEquals(calls.length, 3);
   for (const { lend, signal, resolve } of calls) {
     assertInstanceOf(signal.reason, BadResource);
+    assertEquals(signal.reason.message, `Cannot connect: ${DISPOSED}`);
     assertStrictEquals(await reasonOf(lend(new Fake())), signal.reason);
     assert(await isPending(disposal));
     assert(await isPending(again));
@@ -1268,15 +1317,17 @@ test("LazyConnection[Symbol.asyncDispose]() refuses whatever comes later, with a
   await lazy[Symbol.asyncDispose]();
   await lazy[Symbol.asyncDispose]();
   let called = 0;
-  const refused = {
-    connect: () => lazy.connect(),
-    get: () => lazy.get(),
-    run: () => lazy.run(() => called++),
-    runNew: () => lazy.runNew(() => called++),
-  };
-  for (const [name, fn] of Object.entries(refused)) {
-    const error = await assertRejects(fn, BadResource, DISPOSED);
-    assertMatch(error.stack!, new RegExp(`at \\S*${name} .*_test\\.ts`));
+  const refused: [act: string, () => Promise<unknown>][] = [
+    ["connect", () => lazy.connect()],
+    ["get a connection", () => lazy.get()],
+    ["start a task", () => lazy.run(() => called++)],
+    ["start a task", () => lazy.runNew(() => called++)],
+  ];
+  for (const [act, fn] of refused) {
+    const calledHere = () => fn();
+    const error = await assertRejects(calledHere, BadResource);
+    assertEquals(error.message, `Cannot ${act}: ${DISPOSED}`);
+    assertStringIncludes(error.stack!, "calledHere");
     assertNotStrictEquals(await reasonOf(fn()), error);
   }
   lazy.connect(); // nobody awaits it, and the process goes on
