@@ -630,6 +630,8 @@ test("LazyConnection.runNew() rejects with what closing fails with, alone or wit
       "what has another cause": [task, wrapper, both],
       "what has suppressed another": [other, suppressed, both],
       "no error": ["task", "other", both],
+      "no error that has it": [other, { cause: other }, both],
+      "nothing, and no error": [undefined, "other", both],
     };
   for (const [name, [own, closing, got]] of Object.entries(cases)) {
     await t.step(name, async () => {
@@ -866,6 +868,11 @@ test("LazyConnection.connect() and get() give a socket that each way to close it
       conn.close();
       assertThrows(() => conn.close(), BadResource, "Bad resource ID");
       conn[Symbol.dispose]();
+    },
+    async "close() that throws"(open) {
+      const conn = await open();
+      Object.assign(conn, { open: false }); // as after Deno.startTls()
+      assertThrows(() => conn.close(), BadResource, "Bad resource ID");
     },
   };
   for (const [name, way] of Object.entries(ways)) {
