@@ -345,7 +345,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    *
    * The socket is closed at the end of the block, when it is disposed of, or
    * earlier by its `close()`. The task can then open another. After the end of
-   * its `readable` or `writable`, the socket is still to be disposed of.
+   * its `readable` or `writable`, the socket is still to be disposed of. What
+   * `Deno.startTls` makes of it is yours to close.
    *
    * With an opener, use `get()`: the end of a block does not tell whether the
    * block succeeded, so the opener could not commit.
@@ -460,7 +461,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     }
     if (state === "ended") return rejectedQuietly(failure?.error);
     // A thenable would be unwrapped where it resolves a promise
-    if (Object(connection) !== connection || "then" in connection) {
+    const isObject = Object(connection) === connection;
+    if (!isObject || typeof Reflect.get(connection, "then") === "function") {
       const message =
         "Cannot lend: the connection must be an object, and no promise";
       return rejectedQuietly(new TypeError(message));
@@ -556,7 +558,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
  *   reject a stand-in, and a stream that is piped into one fails late. For
  *   these, lend `Object.freeze({ client })`: it gives `client` as it is, so that
  *   nothing of it is guarded.
- * - A method that the task patches must be put back before the task ends.
+ * - A method that the task patches must be put back, by assignment, before the
+ *   task ends.
  *
  * @example A transaction for each task
  * ```ts
@@ -601,8 +604,9 @@ export class LazyConnection<C extends object = Deno.TcpConn>
  * called again after it has lent, it rejects with a `TypeError`, whose `cause`
  * is the task's error, if any.
  * @param signal Aborts when the attempt is cancelled, and never once the
- * connection is lent. A cancelled attempt rejects at once. Whatever its opener
- * does then is ignored, but disposal waits for it.
+ * connection is lent. Its listeners may run outside of the task. A cancelled
+ * attempt rejects at once. Whatever its opener does then is ignored, but
+ * disposal waits for it.
  * @returns A promise that settles when the connection is closed.
  */
 export type Opener<C extends object> = (

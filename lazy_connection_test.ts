@@ -1429,7 +1429,9 @@ test("Opener's lend() refuses another task's connection, and the opener may lend
 });
 
 test("Opener's lend() refuses what is no object, or a promise, and the opener may lend another", async () => {
-  const values = [undefined, null, 1, "a", Symbol("a"), Promise.resolve({})];
+  const answersAll = new Proxy({}, { get: () => () => {} }); // also for `then`
+  const promises = [Promise.resolve({}), answersAll];
+  const values = [undefined, null, 1, "a", Symbol("a"), ...promises];
   for (const value of values) {
     let refusals = 0;
     const lazy = new LazyConnection<Fake>(async (lend) => {
