@@ -2,15 +2,15 @@
 
 // How it works: `runNew()` makes a Task, and an AsyncLocalStorage finds it again
 // from all code that the task starts, even after it has ended. `run()` inside a
-// task makes none. `get()` and `connect()` make a Loan where the task has none. A
-// loan is one call of the opener, and has a promise for each who waits:
+// task makes none. The first `get()` or `connect()` makes a Loan, which is one
+// call of the opener, and has a promise for each party that waits:
 //
-// | promise | for                  | settles                                      |
-// | ------- | -------------------- | -------------------------------------------- |
-// | opened  | `get()`, `connect()` | when the opener lends, or the attempt fails  |
-// | outcome | the opener           | when the task ends, as it does; or earlier,  |
-// |         |                      | when the connection is closed or taken away  |
-// | closed  | `runNew()`           | when the opener has settled                  |
+// | promise | for                  | settles                                     |
+// | ------- | -------------------- | ------------------------------------------- |
+// | opened  | `get()`, `connect()` | when the opener lends, or the attempt fails |
+// | outcome | the opener           | when the task ends, by how it went; earlier |
+// |         |                      | if a socket is closed, or by disposal       |
+// | closed  | `runNew()`           | when the opener has settled                 |
 
 import { AsyncLocalStorage } from "node:async_hooks";
 
@@ -51,19 +51,19 @@ const { AlreadyExists, BadResource, Busy, NotConnected } = Deno.errors;
 export class LazyConnection<C extends object = Deno.TcpConn>
   implements AsyncDisposable {
   readonly #opener: Opener<C>;
-  /** Whether it is made from options, so that it lends sockets. */
-  readonly #sockets: boolean = false;
+  /** Whether it is made from options. */
+  readonly #lendsSockets: boolean = false;
   /** The signal of the options. */
   readonly #signal: AbortSignal | undefined;
   readonly #tasks = new AsyncLocalStorage<Task>();
-  /** Stands in for a task where there is none. It never ends. */
+  /** All code outside of tasks, which shares one socket. It never ends. */
   readonly #outside = new Task();
   /** The loans whose openers have not settled. */
   readonly #loans = new Set<Loan>();
   /** What tasks have, other than sockets: nothing is lent to two at once. */
   readonly #lent = new Set<object>();
   #disposed = false;
-  /** Resolves, once it is disposed of, when no loans are left. */
+  /** Resolves when no loans are left, if disposal finds some. */
   readonly #idle = Promise.withResolvers<void>();
 
   /**
@@ -98,17 +98,17 @@ export class LazyConnection<C extends object = Deno.TcpConn>
       this.#opener = target;
       return;
     }
-    const { signal, ...options }: Deno.ConnectOptions = target;
-    this.#sockets = true;
-    this.#signal = signal;
-    this.#opener = async (lend, attempt) => {
+    const options: Deno.ConnectOptions = { ...target };
+    this.#lendsSockets = true;
+    this.#signal = options.signal;
+    this.#opener = async (lend, signal) => {
       // Deno.connect() calls this as its last step. If it threw there, a socket
       // that opened just as the attempt was cancelled would be lost. lend()
       // rejects instead
-      attempt.throwIfAborted = () => {};
-      const conn = await Deno.connect({ ...options, signal: attempt });
+      signal.throwIfAborted = () => {};
+      const conn = await Deno.connect({ ...options, signal });
       try {
-        await lend(conn as object as C); // options are taken only for such a C
+        await lend(conn as object as C); // which it is where options are taken
       } finally { // `using` takes 0.25 µs more
         conn[Symbol.dispose]();
       }
@@ -198,9 +198,9 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * settled. If it fails, such as by a refused COMMIT, so does `runNew()`. An
    * attempt to connect that is still going on is cancelled.
    *
-   * To roll back, throw. A response that is returned commits, whatever its
-   * status. Nothing that outlives the task can use its connection, so await
-   * everything that you start. A timeout goes inside:
+   * To roll back, throw. A response that is returned commits, even a 500.
+   * Nothing that outlives the task can get its connection, so await everything
+   * that you start. A timeout goes inside:
    * `runNew(() => deadline(work(), 1_000))`. Around `runNew()`, it would
    * reject, but the task would go on, and commit.
    *
@@ -242,9 +242,9 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * @throws {SuppressedError} If both the task and its opener fail, unless one
    * error is the other's `cause` or `suppressed`: `suppressed` is the task's
    * error, `error` the opener's.
-   * @throws {Deno.errors.BadResource} If the `LazyConnection` has been disposed
-   * of: before the call, and the function is not called; or later, while the
-   * task had a connection, and the function resolves.
+   * @throws {Deno.errors.BadResource} If the `LazyConnection` was disposed of
+   * before the call (the function is then not called), or while the task had a
+   * connection, even if the function resolves.
    * @throws {TypeError} If a part of the task is pending when the function
    * resolves, if the function returns a generator, or if the opener does not
    * wait for `lend()`.
@@ -344,9 +344,9 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * a `LazyConnection` that is made from the options of `Deno.connect`.
    *
    * The socket is closed at the end of the block, when it is disposed of, or
-   * earlier by its `close()`. The task can then open another. After the end of
-   * its `readable` or `writable`, the socket is still to be disposed of. What
-   * `Deno.startTls` makes of it is yours to close.
+   * earlier by its `close()`. The task can then open another. Reaching the end of
+   * its `readable` or `writable` does not dispose of it. `Deno.startTls` gives a
+   * new connection, which you must close.
    *
    * With an opener, use `get()`: the end of a block does not tell whether the
    * block succeeded, so the opener could not commit.
@@ -395,8 +395,9 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     const task = this.#tasks.getStore() ?? this.#outside;
     const refusal = this.#refusal(task, "connect");
     if (refusal) return rejectedQuietly(refusal.error);
-    if (!this.#sockets) {
-      const message = "Cannot connect: it is made from an opener; call get()";
+    if (!this.#lendsSockets) {
+      const message =
+        "Cannot connect: this LazyConnection is made from an opener; call get()";
       return Promise.reject(new TypeError(message));
     }
     if (task.loan) {
@@ -412,19 +413,19 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   #refusal(task: Task, act: string): Failure {
     if (task.ended) return { error: endedError(act) };
     if (this.#disposed) return { error: disposedError(act) };
-    return task.loan?.failure; // its connection has been taken away
+    return task.loan?.failure; // its opener has settled before it
   }
 
   /** Has the opener open a connection for the task. */
   #borrow(task: Task, signal?: AbortSignal): Promise<object> {
-    // Before the opener is called, which may fail or call back in at once
+    // Set first: the opener may fail, or call get(), before it returns
     const loan = task.loan = new Loan(task);
     this.#loans.add(loan);
     loan.closed = this.#callOpener(loan, signal);
     return loan.opened.promise;
   }
 
-  /** Calls the opener. See `Loan.settle()` for what it resolves to. */
+  /** Calls the opener, and resolves to what it failed with, as `settle()` says. */
   async #callOpener(loan: Loan, signal?: AbortSignal): Promise<Failure> {
     let failure: Failure;
     let canceller: AbortSignal | undefined;
@@ -440,7 +441,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
       }
       const lend = (connection: C) => this.#lend(loan, connection);
       const opener = this.#opener; // so that it is called without `this`
-      await opener(lend, loan.attempt.signal);
+      await opener(lend, loan.controller.signal);
     } catch (error) {
       failure = { error };
     }
@@ -467,9 +468,9 @@ export class LazyConnection<C extends object = Deno.TcpConn>
         "Cannot lend: the connection must be an object, and no promise";
       return rejectedQuietly(new TypeError(message));
     }
-    if (this.#sockets) {
+    if (this.#lendsSockets) {
       const socket = connection as object as Deno.TcpConn; // only those are lent
-      return loan.lend(freeOnClose(socket, loan));
+      return loan.lend(endOnClose(socket, loan));
     }
     if (this.#lent.has(connection)) {
       const message = "Cannot lend: another task has this connection";
@@ -490,8 +491,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * then on. It waits for all openers, but not for tasks to end.
    *
    * A task that had a connection fails even if its function resolves, then with
-   * a `Deno.errors.BadResource`: what was not committed is no success. If its
-   * opener fails while it closes, `runNew()` rejects with that as well.
+   * a `Deno.errors.BadResource`: work that is not committed is no success. If
+   * its opener fails, too, `runNew()` rejects with both errors.
    *
    * @example Usage
    * ```ts
@@ -511,12 +512,12 @@ export class LazyConnection<C extends object = Deno.TcpConn>
    * @returns A promise that resolves once nothing is open. It never rejects.
    */
   async [Symbol.asyncDispose](): Promise<void> {
-    this.#disposed = true;
+    this.#disposed = true; // before a signal aborts, whose listeners may call in
     for (const loan of this.#loans) {
       if (loan.state === "opening") loan.cancel(disposedError("connect"));
       else loan.end({ error: disposedError("use the connection") });
     }
-    this.#outside.loan = undefined; // end() lets go of it in other tasks
+    this.#outside.loan = undefined; // as Task.end() does for others
     if (this.#loans.size > 0) await this.#idle.promise;
   }
 }
@@ -527,8 +528,8 @@ export class LazyConnection<C extends object = Deno.TcpConn>
  * `await lend(connection)` takes as long as the task has the connection. It
  * resolves if the task succeeds, and rejects with the task's error if it fails.
  * So an opener commits after it, rolls back in a `catch`, which throws the error
- * again, and closes in a `finally`. The task itself does none of these. Any
- * `db.transaction(callback)`-style function works as an opener.
+ * again, and closes in a `finally`. The task itself does none of these.
+ * `(lend) => db.transaction(lend)` is an opener, too.
  *
  * The opener is called inside the task, once for each attempt to connect. If it
  * fails before it lends, the attempt rejects with its error. If it fails later,
@@ -543,10 +544,10 @@ export class LazyConnection<C extends object = Deno.TcpConn>
  *   `runNew()`.
  *
  * The *stand-in* that the task gets is a `Proxy`. It works like the connection
- * until the task ends. From then on, reading a property of it, assigning to one
- * and calling a method throw a `Deno.errors.BadResource`, so that nobody writes
- * into somebody else's transaction. Even an asynchronous method throws, before
- * it returns a promise.
+ * until the task ends, or the opener settles. From then on, reading a property
+ * of it, assigning to one and calling a method throw, once the task has ended a
+ * `Deno.errors.BadResource`, so that nobody writes into somebody else's
+ * transaction. Even an asynchronous method throws, before it returns a promise.
  *
  * - What the connection gives, such as a builder, a prepared statement, a
  *   cursor or a stream, is not guarded, and a query that has been sent goes on.
@@ -555,9 +556,10 @@ export class LazyConnection<C extends object = Deno.TcpConn>
  * - Each task gets its own stand-in. What is set up once for each client, such
  *   as a listener, is set up in the opener.
  * - APIs that need the actual object, such as `backup()` of `node:sqlite`,
- *   reject a stand-in, and a stream that is piped into one fails late. For
- *   these, lend `Object.freeze({ client })`: it gives `client` as it is, so that
- *   nothing of it is guarded.
+ *   reject a stand-in, and a stream that is piped into one throws in its
+ *   listener once the task has ended. For these, lend
+ *   `Object.freeze({ client })`: it gives `client` as it is, so that nothing of
+ *   it is guarded.
  * - A method that the task patches must be put back, by assignment, before the
  *   task ends.
  *
@@ -619,7 +621,7 @@ type Failure = { readonly error: unknown } | undefined;
 
 type Method = (...args: unknown[]) => unknown;
 
-/** A call of `runNew()`. One more stands in where there is no task. */
+/** A call of `runNew()`. There is one more for all code outside of tasks. */
 class Task {
   ended = false;
   /** Its attempt to connect, then its connection. */
@@ -635,16 +637,17 @@ class Task {
     args: A,
   ): Promise<Awaited<R>> {
     if (this.ended) throw endedError("take part in the task");
+    const earlier = this.partFailure;
     const parts = this.parts ??= [];
     const part: Part = { callback, index: parts.length };
     parts.push(part);
     try {
       return noGenerator(await callback(...args));
     } catch (error) {
-      // The last failure counts, as it may translate an earlier one
-      if (!this.ended) this.partFailure = { error };
+      // The first failure counts, or what a part that it passed makes of it
+      if (!this.ended && !earlier) this.partFailure = { error };
       throw error;
-    } finally { // moves the last part to its place, as a Set takes longer
+    } finally { // swap and remove, as a Set takes longer
       const last = parts.pop()!;
       if (last !== part) {
         parts[part.index] = last;
@@ -689,11 +692,12 @@ interface Part {
 /**
  * A call of the opener: an attempt to connect, then a connection that is lent.
  *
- * It is not generic, and neither is `Task`: a `LazyConnection<Deno.TcpConn>`
- * would be no `LazyConnection<Disposable>`.
+ * It is not generic, and neither is `Task`. Otherwise, a
+ * `LazyConnection<Deno.TcpConn>` could not be assigned to a
+ * `LazyConnection<Disposable>`.
  */
 class Loan {
-  /** As long as it has not ended, it is the loan of its task. */
+  /** It is its task's until it ends, and if that is by a failure, until the task does. */
   state: "opening" | "lent" | "ended" = "opening";
   /** Why it has ended, unless its task succeeded or closed its socket. */
   failure: Failure;
@@ -701,10 +705,10 @@ class Loan {
   readonly opened = Promise.withResolvers<object>();
   /** Settles what `lend()` returns. There is one once it has lent. */
   outcome: PromiseWithResolvers<void> | undefined;
-  /** Resolves when the opener has settled, to what `settle()` returns. */
+  /** Resolves when the opener has settled, to what it failed with. */
   closed: Promise<Failure> | undefined;
   /** Has the signal that the opener is called with. */
-  readonly attempt = new AbortController();
+  readonly controller = new AbortController();
 
   constructor(readonly task: Task) {}
 
@@ -729,7 +733,7 @@ class Loan {
   cancel(reason: unknown): void {
     if (this.state !== "opening") return;
     this.reject(reason); // before a signal aborts, whose listeners may call in
-    this.attempt.abort(reason);
+    this.controller.abort(reason);
   }
 
   /** Ends what is lent, if it still is, and tells the opener how it went. */
@@ -737,7 +741,7 @@ class Loan {
     if (this.state !== "lent") return;
     this.state = "ended";
     this.failure = failure;
-    if (failure) { // a task that goes on keeps it, so that it gets no other
+    if (failure) { // it stays the task's, so that get() rejects
       this.outcome!.reject(failure.error);
     } else {
       this.task.loan = undefined;
@@ -745,7 +749,10 @@ class Loan {
     }
   }
 
-  /** Ends with the opener, and returns what that failed with by itself. */
+  /**
+   * Ends the loan, if need be, when its opener has settled. Returns what that
+   * failed with, unless it only passed on what `lend()` rejected with.
+   */
   settle(failure: Failure): Failure {
     if (this.state === "opening") {
       const message =
@@ -758,7 +765,7 @@ class Loan {
       failure ??= { error: new TypeError(message) };
       this.end(failure);
     } else if (this.failure && this.failure.error === failure?.error) {
-      return undefined; // the opener only passes on what lend() rejected with
+      return undefined;
     }
     return failure;
   }
@@ -770,8 +777,8 @@ class Loan {
   }
 }
 
-/** Has a socket free its task when it is closed or disposed of. */
-function freeOnClose(socket: Deno.TcpConn, loan: Loan): Deno.TcpConn {
+/** Patches a socket, so that closing it ends its loan. */
+function endOnClose(socket: Deno.TcpConn, loan: Loan): Deno.TcpConn {
   const { close, [Symbol.dispose]: dispose } = socket;
   socket.close = () => {
     loan.end(); // even if close() throws
@@ -784,15 +791,14 @@ function freeOnClose(socket: Deno.TcpConn, loan: Loan): Deno.TcpConn {
   return socket;
 }
 
-/** The methods of connections, by the guards that stand-ins give for them. */
-const methods = new WeakMap<object, object>();
+/** The methods of connections, by the guards that all stand-ins give for them. */
+const methodOfGuard = new WeakMap<object, object>();
 
 /** Makes what works like the connection as long as its task has it. */
 function standIn(connection: object, loan: Loan): object {
-  /** What it gives for methods of the connection. */
-  const guards = new WeakMap<object, object>();
+  const guardOfMethod = new WeakMap<object, object>();
   // A method needs the connection as `this` to use its private fields
-  const unwrap = <T>(self: T) => self === proxy ? connection : self;
+  const unwrap = <T>(value: T) => value === proxy ? connection : value;
 
   /** Calls the connection, or a method of it. */
   function apply(method: Method, self: object, args: unknown[]): unknown {
@@ -804,10 +810,10 @@ function standIn(connection: object, loan: Loan): object {
   function get(_: object, key: PropertyKey, receiver: object): unknown {
     if (key === Symbol.dispose || key === Symbol.asyncDispose) {
       throw new TypeError(
-        "Cannot dispose of the connection: its opener closes it when the task ends",
+        "Cannot dispose of the connection: its opener closes it when the task ends; use const, not using",
       );
     }
-    // What resolves a promise is asked for `then`, and what is logged for its tag
+    // Resolving a promise reads `then`, and logging reads the tag
     if (key !== "then" && key !== Symbol.toStringTag) loan.check();
     const value: unknown = Reflect.get(connection, key, unwrap(receiver));
     const isMethod = typeof value === "function" && key !== "constructor";
@@ -815,12 +821,12 @@ function standIn(connection: object, loan: Loan): object {
     const own = Reflect.getOwnPropertyDescriptor(connection, key);
     // A Proxy must give a frozen property as it is
     if (own?.writable === false && !own.configurable) return value;
-    if (!isMethod || value === connection) return proxy;
-    let guard = guards.get(value);
+    if (!isMethod || value === connection) return proxy; // the first is for types
+    let guard = guardOfMethod.get(value);
     if (!guard) {
       guard = new Proxy(value, { apply });
-      guards.set(value, guard);
-      methods.set(guard, value);
+      guardOfMethod.set(value, guard);
+      methodOfGuard.set(guard, value);
     }
     return guard;
   }
@@ -828,12 +834,12 @@ function standIn(connection: object, loan: Loan): object {
   function set(_: object, key: PropertyKey, value: unknown, receiver: object) {
     loan.check();
     // If a task patches a method and puts it back, it puts back the guard, which
-    // would refuse the next task. get() takes any value, although its type does not
-    const raw = methods.get(value as object) ?? unwrap(value);
+    // would refuse the next task. The cast is as WeakMap.get() takes any value
+    const raw = methodOfGuard.get(value as object) ?? unwrap(value);
     return Reflect.set(connection, key, raw, unwrap(receiver));
   }
 
-  // Only a function can be called, which the connection may be
+  // `apply` is for a connection that is a function
   const proxy: object = new Proxy(connection as Method, { apply, get, set });
   return proxy;
 }
@@ -882,8 +888,9 @@ function disposedError(act: string): Error {
 }
 
 /**
- * Rejects without ending the process if nobody awaits it. What is wrong at any
- * time, such as a second `connect()`, rejects without this.
+ * Rejects without ending the process if nobody awaits it: whether a task has
+ * ended is a matter of timing, and an opener may not await `lend()`. Misuse of
+ * `get()` and `connect()` rejects without this.
  */
 function rejectedQuietly(error: unknown): Promise<never> {
   const promise = Promise.reject(error);

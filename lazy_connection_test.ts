@@ -283,6 +283,17 @@ test("LazyConnection.run() leaves an error to be translated, by the task or by a
   assertStrictEquals(error.cause, translated);
 });
 
+test("LazyConnection.run() has the first part that failed say why, not what failed for it", async () => {
+  const first = new Error("duplicate key");
+  const lazy = new LazyConnection<Fake>(opener);
+  const task = lazy.runNew(async () => {
+    await lazy.run(throws(first)).catch(() => {});
+    await lazy.run(throws(new Error("25P02"))).catch(() => {});
+  });
+  const { cause } = await assertRejects(() => task, Error);
+  assertStrictEquals(cause, first);
+});
+
 test("LazyConnection.run() calls nothing in a task that has ended", async () => {
   const { lazy, calls } = driven();
   const inEnded = await endedTask(lazy);
@@ -952,7 +963,8 @@ test("LazyConnection.connect() rejects if there is a socket or one is being open
 
 test("LazyConnection.connect() is refused with an opener, before anything is opened", async () => {
   const { lazy, calls } = driven<Deno.TcpConn>();
-  const message = "Cannot connect: it is made from an opener; call get()";
+  const message =
+    "Cannot connect: this LazyConnection is made from an opener; call get()";
   await assertRejects(() => lazy.connect(), TypeError, message);
   await assertRejects(() => lazy.runNew(() => lazy.connect()), TypeError);
   assertEquals(calls.length, 0);
@@ -1707,7 +1719,7 @@ test("the stand-in refuses to be disposed of, at the head of the block", async (
     [Symbol.asyncDispose]: () => Promise.resolve(void disposals++),
   };
   const message = "Cannot dispose of the connection: its opener closes it " +
-    "when the task ends";
+    "when the task ends; use const, not using";
   let standIn!: AsyncDisposable & Disposable;
   const blocks = [
     async () => {
