@@ -402,7 +402,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     }
     if (task.loan) {
       const message =
-        "Cannot connect: already connected or connecting; close that socket first, or connect in runNew()";
+        "Cannot connect: already connected or connecting; get() gives that socket, close it first, or connect in runNew()";
       return Promise.reject(new AlreadyExists(message));
     }
     // Only sockets are lent

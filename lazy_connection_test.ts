@@ -944,8 +944,8 @@ test("LazyConnection.connect() keeps nothing of a socket that was closed outside
 
 test("LazyConnection.connect() rejects if there is a socket or one is being opened", async () => {
   const { lazy, sockets } = ofSockets();
-  const message = "Cannot connect: already connected or connecting; close " +
-    "that socket first, or connect in runNew()";
+  const message = "Cannot connect: already connected or connecting; get() " +
+    "gives that socket, close it first, or connect in runNew()";
   const task = async (open: () => Promise<Deno.TcpConn>) => {
     const opening = open();
     await assertRejects(() => lazy.connect(), AlreadyExists, message);

@@ -74,10 +74,10 @@ async function transactions(chance: Chance): Promise<void> {
       await chance.ticks();
       if (chance.oneIn(8)) throw new Error("opening");
       if (chance.oneIn(2)) signal.throwIfAborted(); // half of them heed it
-      if (chance.oneIn(10)) { // is done, perhaps before its task
+      if (chance.oneIn(10)) { // settles, perhaps before its task
         lend(new Client());
         await chance.ticks();
-        throw new Error("done");
+        throw new Error("early");
       }
       await lend(client);
       await chance.ticks();
