@@ -1192,6 +1192,19 @@ test("LazyConnection.get() may be called by who listens to the opener's signal",
   await lazy.runNew(() => void lazy.get());
   await assertRejects(() => again[0]!, BadResource, ENDED);
 
+  const disposed: LazyConnection<Fake> = new LazyConnection<Fake>(
+    async (_lend, signal) => {
+      const listener = AsyncLocalStorage.bind(() => again.push(disposed.get()));
+      signal.addEventListener("abort", listener);
+      await delay(1);
+    },
+  );
+  await disposed.runNew(async () => {
+    disposed.get();
+    await disposed[Symbol.asyncDispose]();
+  });
+  await assertRejects(() => again[1]!, BadResource, DISPOSED);
+
   const controller = new AbortController();
   const { signal } = controller;
   const sockets = new LazyConnection({ port: 1, signal });
