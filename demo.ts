@@ -17,7 +17,7 @@ type Log = (line: string) => void;
 
 /** The recipe: two tasks at once send a request, each over its own socket. */
 async function fetchTwice(hostname: string, port: number, log: Log) {
-  const lazy = new LazyConnection({ hostname, port });
+  await using lazy = new LazyConnection({ hostname, port });
   const bothOpen = Promise.withResolvers<void>();
   let open = 0;
 
@@ -40,11 +40,10 @@ async function fetchTwice(hostname: string, port: number, log: Log) {
     await conn.write(new TextEncoder().encode(request));
   }
 
-  const tasks = ["task 1", "task 2"];
-  const fetches = tasks.map((name) => lazy.runNew(fetchIndex, name));
-  for (const result of await Promise.allSettled(fetches)) {
-    if (result.status === "rejected") throw result.reason;
-  }
+  await Promise.all([
+    lazy.runNew(fetchIndex, "task 1"),
+    lazy.runNew(fetchIndex, "task 2"),
+  ]);
 }
 
 /** A second `connect()` in a task, and one that its signal cancels. */
