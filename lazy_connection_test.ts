@@ -162,6 +162,11 @@ function throws(error: unknown): () => never {
   };
 }
 
+/** A function with a name, which need not be a string. */
+function named<F extends () => unknown>(name: unknown, fn: F): F {
+  return Object.defineProperty(fn, "name", { value: name });
+}
+
 /** Calls functions as in a task that has ended. */
 async function endedTask(lazy: LazyConnection<object>) {
   return await lazy.runNew(() => AsyncLocalStorage.snapshot());
@@ -260,7 +265,7 @@ test("LazyConnection.run() fails the whole task with an error that says so, if i
       assertStrictEquals(await reasonOf(lazy.run(throws(error))), error);
       assert(await isPending(lent));
     });
-    const reason = await reasonOf(lent ?? run);
+    const reason = await reasonOf(lent!);
     assertInstanceOf(reason, Error);
     assertEquals(String(reason), `Error: ${message}`);
     assertStrictEquals((reason as Error).cause, error);
@@ -306,27 +311,24 @@ test("LazyConnection.run() calls nothing in a task that has ended", async () => 
 
 test("LazyConnection.run() fails a task that ends before it has settled, and is named", async () => {
   const lazy = new LazyConnection<Fake>(opener);
-  const nameless = () => () => end.promise;
   const names: [unknown, string][] = [
     ["debit", 'its part "debit"'],
     ["", "a part of it"],
     [Symbol("debit"), "a part of it"],
   ];
-  let end = Promise.withResolvers<never>();
   for (const [value, name] of names) {
-    end = Promise.withResolvers();
+    const { promise, reject } = Promise.withResolvers<never>();
     let loser: Promise<never> | undefined;
     const run = lazy.runNew(async () => {
       await lazy.get();
-      const part = Object.defineProperty(nameless(), "name", { value });
-      loser = lazy.run(part);
+      loser = lazy.run(named(value, () => promise));
       await Promise.race([loser, lazy.run(() => 1)]);
     });
     const message =
       `Cannot complete the task: ${name} is pending; await each run()`;
     const error = await assertRejects(() => run, TypeError);
     assertEquals(error.message, message);
-    end.reject("late"); // which nobody but its caller hears
+    reject("late"); // which nobody but its caller hears
     assertEquals(await reasonOf(loser!), "late");
   }
 });
@@ -335,12 +337,11 @@ test("LazyConnection.run() names a part that is pending among others that have s
   const lazy = new LazyConnection<Fake>(opener);
   const never = new Promise(() => {});
   for (const pending of [0, 1, 2]) {
-    const parts = [0, 1, 2].map((i) => {
-      const part = () => i === pending ? never : delay(1);
-      return Object.defineProperty(part, "name", { value: `part ${i}` });
-    });
+    const parts = [0, 1, 2].map((i) =>
+      named(`part ${i}`, () => i === pending ? never : delay(1))
+    );
     const run = lazy.runNew(async () => {
-      lazy.run(Object.defineProperty(() => never, "name", { value: "" }));
+      lazy.run(named("", () => never));
       for (const part of parts) lazy.run(part);
       await lazy.run(() => {});
       await delay(10);
@@ -373,10 +374,7 @@ test("LazyConnection.run() takes 20,000 parts at once, in any order", async () =
   await lazy.runNew(async () => {
     const ends = Array.from({ length: 20_000 }, (_, i) => {
       const { promise, resolve } = Promise.withResolvers<void>();
-      const part = Object.defineProperty(() => promise, "name", {
-        value: `${i}`,
-      });
-      return { part: lazy.run(part), resolve };
+      return { part: lazy.run(named(`${i}`, () => promise)), resolve };
     });
     for (let i = 0; i < ends.length; i++) ends[i * 7 % ends.length]!.resolve();
     await Promise.all(ends.map(({ part }) => part));
@@ -438,10 +436,7 @@ test("LazyConnection.runNew() starts a task in one that has ended", async () => 
 netTest(
   "LazyConnection.runNew() starts a task where Deno leaks the context of another",
   async () => {
-    const fakes: Fake[] = [];
-    const lazy = new LazyConnection<Fake>((lend) =>
-      opener((fake) => lend(fakes[fakes.push(fake) - 1]!))
-    );
+    const { lazy, fakes } = ofFakes();
     const insert = async () => (await lazy.get()).query("INSERT");
     const handled: unknown[] = [];
     await using server = Deno.serve(
