@@ -413,7 +413,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
   #refusal(task: Task, act: string): Failure {
     if (task.ended) return { error: endedError(act) };
     if (this.#disposed) return { error: disposedError(act) };
-    return task.loan?.failure; // its opener has settled before it
+    return task.loan?.failure; // the opener has settled before the task
   }
 
   /** Has the opener open a connection for the task. */
@@ -425,7 +425,7 @@ export class LazyConnection<C extends object = Deno.TcpConn>
     return loan.opened.promise;
   }
 
-  /** Calls the opener, and resolves to what it failed with, as `settle()` says. */
+  /** Calls the opener, and resolves to what `Loan.settle()` returns. */
   async #callOpener(loan: Loan, signal?: AbortSignal): Promise<Failure> {
     let failure: Failure;
     let canceller: AbortSignal | undefined;
@@ -697,7 +697,10 @@ interface Part {
  * `LazyConnection<Disposable>`.
  */
 class Loan {
-  /** It is its task's until it ends, and if that is by a failure, until the task does. */
+  /**
+   * Until it has ended, it is its task's loan. If it fails once it was lent, it
+   * stays so until the task ends; an attempt that fails does not.
+   */
   state: "opening" | "lent" | "ended" = "opening";
   /** Why it has ended, unless its task succeeded or closed its socket. */
   failure: Failure;
@@ -705,7 +708,7 @@ class Loan {
   readonly opened = Promise.withResolvers<object>();
   /** Settles what `lend()` returns. There is one once it has lent. */
   outcome: PromiseWithResolvers<void> | undefined;
-  /** Resolves when the opener has settled, to what it failed with. */
+  /** Resolves when the opener has settled, to what `settle()` returns. */
   closed: Promise<Failure> | undefined;
   /** Has the signal that the opener is called with. */
   readonly controller = new AbortController();
@@ -844,7 +847,7 @@ function standIn(connection: object, loan: Loan): object {
   return proxy;
 }
 
-/** What a task fails with: its own failure and its opener's, or one that has both. */
+/** Combines a task's own failure with its opener's, unless one has the other. */
 function both(own: Failure, opener: Failure): Failure {
   if (!own || !opener) return own ?? opener;
   if (has(opener.error, own.error)) return opener;
